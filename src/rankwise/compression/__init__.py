@@ -1,0 +1,1 @@
+"""A model into a smaller one: layer choice and budgets over approximations."""

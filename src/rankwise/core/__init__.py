@@ -1,0 +1,1 @@
+"""One algebra: operators, layouts, parameterizations, bindings, recipes. Imports nothing from the shelves."""

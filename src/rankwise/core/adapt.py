@@ -1,0 +1,266 @@
+"""`adapt_` and `collect`: from a model, a recipe and statistics to a handle."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.core import merge
+from rankwise.core.bank import Bank
+from rankwise.core.bindings import activate_, adapted_layers, attach, detach
+from rankwise.core.combinators import Sum
+from rankwise.core.errors import ArgumentError, RecipeError, TargetError, did_you_mean, shorten
+from rankwise.core.fingerprint import fingerprint_of
+from rankwise.core.handle import BANKS, Handle
+from rankwise.core.operators import LowRank
+from rankwise.core.parameterization import PRODUCT, Parameterization, Site
+from rankwise.core.protocols import Approximation
+from rankwise.core.queries import as_low_rank
+from rankwise.core.randomness import MaskStream
+from rankwise.core.recipe import Piece, Recipe
+from rankwise.core.sites import site_of
+from rankwise.core.statistics import LayerStatistics, Statistic, collect_at, default_loss
+from rankwise.core.step import Step
+from rankwise.core.targets import Target, Where, find_targets, reader_of
+
+Statistics = Mapping[str, LayerStatistics]
+
+
+def adapt_(
+    model: nn.Module,
+    recipe: Recipe,
+    where: Where = "all-linear",
+    statistics: Statistics | None = None,
+    name: str = "default",
+    seed: int = 0,
+    *,
+    train_also: Sequence[str] = (),
+    binding: str = "path",
+) -> Handle:
+    """Freezes the model and puts an adapter into it, in place.
+
+    Args:
+        model: any module. Its weights stay as they are, its keys too; adapters are children `<layer>.adapter`.
+        recipe: from `rankwise.catalog` or `rankwise.compose`.
+        where: "all-linear" (every linear layer but the output head of a language model), "all-conv", "all-layers", names, or a
+            predicate (name, module) -> bool. A name that matches nothing is an error.
+        statistics: what `collect(model, batches, recipe.needs)` gave, for starts that read data.
+        name: of the adapter; several can live on one model, the newest acts.
+        seed: of every random number of this adapter.
+        train_also: modules trained whole beside the adapter and saved with it (a new classification head).
+        binding: "path", or "weight" for weights that are read without calling the layer.
+
+    Raises:
+        TargetError: nothing to adapt, or a name that matches nothing.
+        RecipeError: the recipe is illegal here; holds every reason.
+        ArgumentError: the adapter's name is taken or not usable.
+    """
+    _check_name(model, name)
+    if binding not in ("path", "weight"):
+        raise ArgumentError(f"binding is 'path' or 'weight', not {binding!r}")
+    auxiliary = _auxiliary(model, train_also)
+    targets, skipped = find_targets(model, where, exclude=train_also)
+    _check_readers(model, targets, binding)
+    masks = MaskStream(seed)
+    sites = {site: site_of(target, seed, masks) for site, target in targets.items()}
+    collected = set(Statistic) if statistics is None and not recipe.needs else _collected(statistics, sites)
+    problems = recipe.problems(list(sites.values()), collected)
+    if problems:
+        raise RecipeError(recipe.name, problems)
+    fingerprint = fingerprint_of(model, targets)
+    was_trainable = _freeze(model, auxiliary)
+    done: list[Target] = []
+    try:
+        _attach_bank(model, recipe, sites, name, seed)
+        bank = model._modules[BANKS]._modules.get(name) if BANKS in model._modules else None  # type: ignore[union-attr]
+        for site, target in targets.items():
+            entry = _build(recipe, site, sites[site], bank)
+            attach(target, name, entry, binding=binding)
+            done.append(target)
+            _start(recipe, target, name, sites[site], None if statistics is None else statistics[site])
+    except BaseException:
+        for target in done:
+            merge.restore_site(target)
+            detach(target, name)
+        _thaw(model, was_trainable)
+        raise
+    activate_(model, name)
+    return Handle(
+        model,
+        recipe,
+        name=name,
+        seed=seed,
+        targets=targets,
+        skipped=skipped,
+        auxiliary=auxiliary,
+        was_trainable=was_trainable,
+        fingerprint=fingerprint,
+        masks=masks,
+    )
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    needs: Iterable[Statistic],
+    where: Where = "all-linear",
+    *,
+    loss: Callable[[nn.Module, Any], Tensor] = default_loss,
+    train_also: Sequence[str] = (),
+) -> dict[str, LayerStatistics]:
+    """Gathers statistics of the layers to adapt, in one streamed pass over `batches`.
+
+    Args:
+        model: the model before `adapt_`.
+        batches: mappings for `model(**batch)` (an attention_mask keeps padding out), or pairs (inputs, targets).
+        needs: `recipe.needs`.
+        where: the same as for `adapt_`.
+        loss: gives the scalar loss of a batch, for GRADIENT. Default: `model(**batch).loss`, or cross entropy for pairs.
+        train_also: the same as for `adapt_`.
+
+    Returns:
+        site name -> `LayerStatistics`.
+
+    Raises:
+        StatisticsError: no batches, no loss, or a layer that the loss does not depend on.
+    """
+    targets, _ = find_targets(model, where, exclude=train_also)
+    return collect_at(model, targets, batches, needs, loss=loss)
+
+
+def problems(model: nn.Module, recipe: Recipe, where: Where = "all-linear", statistics: Statistics | None = None) -> list[Any]:
+    """Every reason why `adapt_` would refuse, without touching the model; empty means legal."""
+    targets, _ = find_targets(model, where)
+    sites = {site: site_of(target, 0, MaskStream(0)) for site, target in targets.items()}
+    return recipe.problems(list(sites.values()), _collected(statistics, sites) if statistics is not None else None)
+
+
+def steps_with(recipe: Recipe, overrides: Mapping[str, Any]) -> list[Step]:
+    """The recipe's chain of steps with some arguments replaced; each must belong to a step of the chain."""
+    used: set[str] = set()
+    built = []
+    known: set[str] = set()
+    for part in recipe.step:
+        accepted = {p.name for p in inspect.signature(part.factory).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        mine = {key: value for key, value in overrides.items() if key in accepted}
+        used |= set(mine)
+        known |= accepted
+        built.append(Piece(part.shelf, part.name, {**part.arguments, **mine}).build())
+    for key in overrides:
+        if key not in used:
+            raise ArgumentError(f"no step of {recipe.name!r} has an argument {key!r}. {did_you_mean(key, known)}")
+    return built
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name.isidentifier() or keyword.iskeyword(name) or hasattr(nn.ModuleDict, name):
+        raise ArgumentError(f"{name!r} cannot be an adapter's name; use letters, digits and _ (it becomes part of keys)")
+    taken = sorted({other for _, _, adapters in adapted_layers(model) for other in adapters})
+    if name in taken:
+        raise ArgumentError(
+            f"an adapter named {name!r} is on this model already (there are: {', '.join(taken)}); choose another name=, or "
+            "take the old one off with its handle's detach_()"
+        )
+
+
+def _check_readers(model: nn.Module, targets: Mapping[str, Target], binding: str) -> None:
+    for site in targets:
+        reader = reader_of(model, site)
+        if reader is not None and binding == "path":
+            raise TargetError(
+                f"{site}: {reader} reads this weight without calling the layer, so an adapter on its path would never act; "
+                "use binding='weight'"
+            )
+
+
+def _auxiliary(model: nn.Module, train_also: Sequence[str]) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    modules = dict(model.named_modules())
+    for wanted in train_also:
+        if wanted not in modules:
+            raise TargetError(f"train_also={list(train_also)!r}: {wanted!r} is no module. {did_you_mean(wanted, modules)}")
+        inside = {f"{wanted}.{key}": parameter for key, parameter in modules[wanted].named_parameters()}
+        if not inside:
+            raise TargetError(f"train_also: {wanted!r} has no parameters to train")
+        found |= inside
+    return found
+
+
+def _collected(statistics: Statistics | None, sites: Mapping[str, Site]) -> set[Statistic]:
+    if statistics is None:
+        return set()
+    missing = [site for site in sites if site not in statistics]
+    if missing:
+        raise TargetError(
+            f"statistics hold nothing for {shorten(missing)}; call collect with the same where= as adapt_ "
+            f"(it has {len(statistics)} sites, adapt_ found {len(sites)})"
+        )
+    some = next(iter(statistics.values()))
+    held = {Statistic.GRADIENT: some.gradient, Statistic.INPUT_GRAM: some.inputs, Statistic.OUTPUT_GRAM: some.outputs}
+    return {statistic for statistic, value in held.items() if value is not None} | {Statistic.WEIGHT}
+
+
+def _freeze(model: nn.Module, auxiliary: Mapping[str, nn.Parameter]) -> dict[str, bool]:
+    """Freezes all but adapters and auxiliary tensors; returns the flags as they were."""
+    kept = {id(parameter) for parameter in auxiliary.values()}
+    flags: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name or name.startswith(f"{BANKS}."):
+            continue
+        flags[name] = parameter.requires_grad
+        if parameter.is_floating_point():
+            parameter.requires_grad_(id(parameter) in kept)
+    return flags
+
+
+def _thaw(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in flags:
+            parameter.requires_grad_(flags[name])
+
+
+def _attach_bank(model: nn.Module, recipe: Recipe, sites: Mapping[str, Site], name: str, seed: int) -> None:
+    method: type[Parameterization] = recipe.parameterization.factory  # type: ignore[assignment]
+    bank = method.shared(list(sites.values()), **recipe.parameterization.arguments)
+    if bank is None:
+        return
+    if BANKS not in model._modules:
+        model.add_module(BANKS, nn.ModuleDict())
+    model._modules[BANKS][name] = bank  # type: ignore[index]
+
+
+def _build(recipe: Recipe, name: str, site: Site, bank: Bank | None) -> Parameterization:
+    method: Any = recipe.parameterization.factory
+    if bank is not None:
+        site = Site(**{**site.__dict__, "bank": bank})
+    return method(site, **recipe.arguments_at(name))
+
+
+def _start(recipe: Recipe, target: Target, name: str, site: Site, statistics: LayerStatistics | None) -> None:
+    """Puts the start in, and sees to it that the first forward equals the base unless the method says otherwise."""
+    if recipe.start is None:
+        return
+    start: Approximation = recipe.start.build()
+    adapters: Any = target.module._modules["adapter"]
+    entry: Parameterization = adapters[name]
+    known = statistics if statistics is not None else LayerStatistics(site.name, site.weight())
+    factors = start(known, entry.rank, generator=site.generator("approximation"), scale=entry.scale)
+    with torch.no_grad():
+        entry.load_factors(LowRank(site.cast(factors.B), site.cast(factors.A)))
+        if start.kind == PRODUCT and not start.shifted:
+            placed = as_low_rank(entry.update())
+            if placed is None:
+                raise TypeError(f"{type(entry).__name__} holds a start without factors; this is a bug in rankwise")
+            minus = LowRank(-placed.folded().B.detach(), placed.A.detach())
+            if start.mode == "absorb":
+                merge.absorb_site(target, name, minus)
+            else:
+                entry.carry(minus, absorbed=False)
+        carried = entry.carried()
+        base = adapters.base(target.module)
+        entry.refresh(base if carried is None or entry.absorbed else Sum(base, carried))

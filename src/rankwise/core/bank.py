@@ -1,0 +1,78 @@
+"""Tensors shared by all sites of an adapter (VeRA, NOLA, Tied-LoRA, LoTR, EigenLoRAx): one module at the model's root.
+
+Sites hold a reference that is not registered as a child, so the state dict, optimizers, DDP and FSDP2 meet each tensor once.
+A seeded bank is drawn by a private CPU generator and saved as (seed, sizes, hash), not as tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.core.errors import CheckpointError
+from rankwise.core.randomness import generator_for
+
+
+class Bank(nn.Module):
+    """Shared tensors by name. Frozen ones are buffers, trained ones parameters.
+
+    Args:
+        tensors: name -> tensor, in the order they were drawn.
+        seed: where the tensors can be drawn again; None for a bank that must be stored.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, seed: int | None = None) -> None:
+        super().__init__()
+        self.seed = seed
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=seed is None)
+        self.digest = digest(dict(tensors))
+
+    @classmethod
+    def drawn(cls, sizes: Mapping[str, tuple[int, ...]], draw: Callable[..., Tensor], *, seed: int) -> Bank:
+        """A seeded bank: `draw(name, *sizes, generator=…)` for each name in order, all from one private CPU generator."""
+        generator = generator_for(seed, "bank")
+        return cls({name: draw(name, *size, generator=generator) for name, size in sizes.items()}, seed=seed)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return getattr(self, name)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint writes: sizes and hash, and the seed where there is one."""
+        named = [*self.named_buffers(), *self.named_parameters()]
+        return {"seed": self.seed, "sizes": {name: list(tensor.shape) for name, tensor in named}, "digest": self.digest}
+
+    def check(self, described: Mapping[str, Any]) -> None:
+        """Compares this bank with what a checkpoint wrote.
+
+        Raises:
+            CheckpointError: the tensors drawn here are not those the adapter was trained with.
+        """
+        here = self.describe()
+        if here["sizes"] != described.get("sizes") or (self.seed is not None and here["digest"] != described.get("digest")):
+            raise CheckpointError(
+                f"the shared tensors drawn here ({here}) are not those of the file ({dict(described)}); the adapter must be "
+                "loaded onto the same layers, with a torch that draws the same numbers from the same seed"
+            )
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash over names, sizes and values (rounded to bfloat16, so that it survives a change of dtype)."""
+    total = hashlib.sha256()
+    for name, tensor in tensors.items():
+        total.update(f"{name}{tuple(tensor.shape)}".encode())
+        total.update(to_bytes(tensor))
+    return total.hexdigest()[:32]
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """The values rounded to bfloat16, as bytes."""
+    plain = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    return plain.view(torch.int16).numpy().tobytes()

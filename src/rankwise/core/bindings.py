@@ -1,0 +1,271 @@
+"""Putting parameterizations into a model, three ways that must agree.
+
+path         (default) the layer's class becomes a generated subclass that keeps `weight`, `bias`, type and keys, and
+calls the operator's fast path; the adapters are the child `<layer>.adapter`
+weight       torch's parametrize with `dense()`: for weights that are read without calling the layer
+functional   `effective_weights(model)`: name -> adapted weight, for torch.func, certificates and tests
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rankwise.core.combinators import Routed, Scaled, Sum
+from rankwise.core.errors import ActivationError
+from rankwise.core.layouts import Layout
+from rankwise.core.operators import Base, Dense, LowRank, Operator
+from rankwise.core.parameterization import Additive, Parameterization
+from rankwise.core.targets import Target, dequantize
+
+Selection = tuple[tuple[str, float], ...]
+
+
+class Adapters(nn.ModuleDict):
+    """The child `<layer>.adapter`: the named parameterizations of one layer, and which of them act.
+
+    Attributes:
+        target: the layer and its layout.
+        active: (name, weight) of those that act; empty for the frozen layer alone.
+        rows: for a batch with an adapter per row, (names, index of each row's name); a name "" is the frozen layer.
+        stash: the untouched weight, while something is merged or absorbed into it.
+        merged: names merged into the weight.
+    """
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.layout, self.shape = target.layout, (target.m, target.n)
+        self.active: Selection = ()
+        self.rows: tuple[tuple[str, ...], Tensor] | None = None
+        self.stash: Tensor | None = None
+        self.merged: tuple[str, ...] = ()
+
+    def base(self, layer: nn.Module) -> Base:
+        """The layer as it stands now, merged and absorbed parts included."""
+        original = _original_class(layer).forward
+        return Base(
+            layer, self.layout, functools.partial(original, layer), functools.partial(_matrix, layer, self.layout), self.shape
+        )
+
+    def frozen(self, layer: nn.Module) -> Operator:
+        """The layer without what is merged, but with what is absorbed (that is part of the adapter's base)."""
+        if not self.merged or self.stash is None:
+            return self.base(layer)
+        absorbed = [part for part in (self._absorbed(name) for name in self) if part is not None]
+        return Sum(Dense(self.layout.to_matrix(self.stash)), *absorbed)
+
+    def _absorbed(self, name: str) -> LowRank | None:
+        entry = self[name]
+        return entry.carried() if entry.absorbed else None
+
+    def __getitem__(self, name: str) -> Parameterization:
+        return cast(Parameterization, super().__getitem__(name))
+
+    def operator(self, layer: nn.Module) -> Operator:
+        """The operator that acts now."""
+        if self.rows is not None:
+            return self._routed(layer)
+        active = tuple((name, weight) for name, weight in self.active if name not in self.merged)
+        if not self.merged and len(active) == 1 and active[0][1] == 1.0:
+            return self[active[0][0]].effective(self.base(layer))
+        return self.combined(layer, active)
+
+    def combined(self, layer: nn.Module, selection: Selection) -> Operator:
+        """Base + Σ weight · (adapted - base), exact for every method."""
+        frozen = self.frozen(layer)
+        terms: list[Operator] = [self.base(layer)]
+        for name, weight in selection:
+            entry = self[name]
+            if isinstance(entry, Additive):
+                carried = entry.carried()
+                parts: list[Operator] = [entry.update()]
+                if carried is not None and not entry.absorbed:
+                    parts.append(carried)
+                terms.extend(part if weight == 1.0 else Scaled(part, float(weight)) for part in parts)
+            else:
+                terms.append(Scaled(entry.effective(frozen), float(weight)))
+                terms.append(Scaled(frozen, -float(weight)))
+        return terms[0] if len(terms) == 1 else Sum(*terms)
+
+    def _routed(self, layer: nn.Module) -> Operator:
+        names, rows = cast(tuple[tuple[str, ...], Tensor], self.rows)
+        if self.merged:
+            raise ActivationError(f"{self.merged} is merged; unmerge before using one adapter per row")
+        base = self.base(layer)
+        return Routed([self[name].effective(base) if name in self else base for name in names], rows)
+
+    def run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The layer's forward with what is active."""
+        if self.rows is None and all(name in self.merged for name, _ in self.active):
+            return _original_class(layer).forward(layer, x)
+        return self.operator(layer).affine(x, self.layout, getattr(layer, "bias", None))
+
+    def extra_repr(self) -> str:
+        said = ", ".join(name if weight == 1.0 else f"{weight:g}·{name}" for name, weight in self.active) or "none"
+        return f"active: {said}" + (f", merged: {', '.join(self.merged)}" if self.merged else "")
+
+
+def _matrix(layer: nn.Module, layout: Layout) -> Tensor:
+    return layout.to_matrix(dequantize(layer))
+
+
+@functools.cache
+def adapted_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The generated subclass of a layer class that runs its adapters."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return cast(Adapters, self._modules["adapter"]).run(self, x)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _rebuild, (original,), self.__getstate__()
+
+    members = {"forward": forward, "__reduce_ex__": reduce, "_rankwise_original": original, "__module__": original.__module__}
+    return type(original.__name__, (original,), members)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    generated = adapted_class(original)
+    return generated.__new__(generated)
+
+
+def _original_class(layer: nn.Module) -> Any:
+    return getattr(type(layer), "_rankwise_original", type(layer))
+
+
+def attach(target: Target, name: str, entry: Parameterization, *, binding: str) -> Adapters:
+    """Adds a parameterization to a layer under an adapter name."""
+    layer = target.module
+    adapters = layer._modules.get("adapter")
+    if not isinstance(adapters, Adapters):
+        adapters = Adapters(target)
+        layer.add_module("adapter", adapters)
+        if binding == "path":
+            layer.__class__ = adapted_class(type(layer))
+        else:
+            parametrize.register_parametrization(layer, "weight", _Reparameterized(adapters, target), unsafe=True)
+    adapters[name] = entry
+    return adapters
+
+
+def detach(target: Target, name: str) -> None:
+    """Takes a parameterization away; with the last one the layer gets its own class back."""
+    layer = target.module
+    adapters = cast(Adapters, layer._modules["adapter"])
+    del adapters[name]
+    if len(adapters):
+        return
+    if parametrize.is_parametrized(layer, "weight"):
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    else:
+        layer.__class__ = _original_class(layer)
+    del layer._modules["adapter"]
+    layer.__dict__.pop("_rankwise_square_row_norms", None)
+
+
+class _Reparameterized(nn.Module):
+    """The `weight` binding: the weight tensor as a function of the frozen one."""
+
+    def __init__(self, adapters: Adapters, target: Target) -> None:
+        super().__init__()
+        object.__setattr__(self, "adapters", adapters)  # a child of the layer already
+        self.layout = target.layout
+
+    def forward(self, weight: Tensor) -> Tensor:
+        adapters: Adapters = self.adapters  # type: ignore[assignment]
+        if adapters.rows is not None:
+            raise ActivationError("one adapter per row needs binding='path': a weight is the same for all rows")
+        frozen = _FrozenWeight(self.layout.to_matrix(weight))
+        terms: list[Operator] = [frozen]
+        selection = tuple((name, factor) for name, factor in adapters.active if name not in adapters.merged)
+        if not selection:
+            return weight
+        if len(selection) == 1 and selection[0][1] == 1.0:
+            matrix = adapters[selection[0][0]].effective(frozen).dense()
+        else:
+            for name, factor in selection:
+                terms += [Scaled(adapters[name].effective(frozen), factor), Scaled(frozen, -factor)]
+            matrix = Sum(*terms).dense()
+        return self.layout.from_matrix(matrix.to(weight.dtype), weight)
+
+
+_FrozenWeight = Dense
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
+    """(name, layer, adapters) of every adapted layer."""
+    for name, module in model.named_modules():
+        adapters = module._modules.get("adapter")
+        if isinstance(adapters, Adapters):
+            yield name, module, adapters
+
+
+def effective_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The `functional` binding: "<layer>.weight" -> adapted weight, differentiable in the trained tensors.
+
+    Use them with `functional_call`, which runs the model with its adapters switched off.
+    """
+    weights = {}
+    for name, layer, adapters in adapted_layers(model):
+        weight = cast(Tensor, layer.weight)
+        matrix = adapters.operator(layer).dense().to(weight.dtype)
+        weights[f"{name}.weight"] = adapters.layout.from_matrix(matrix, weight)
+    return weights
+
+
+def functional_call(model: nn.Module, weights: dict[str, Tensor], *arguments: Any, **keywords: Any) -> Any:
+    """Runs the model as a function of the given weights, adapters switched off."""
+    with switched_off(model):
+        return torch.func.functional_call(model, weights, arguments, keywords)
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The frozen base alone, for the length of a with-block; merged parts stay merged."""
+    kept: list[tuple[Adapters, Selection, Any]] = []
+    for _, _, adapters in adapted_layers(model):
+        kept.append((adapters, adapters.active, adapters.rows))
+        adapters.active, adapters.rows = (), None
+    try:
+        yield
+    finally:
+        for adapters, active, rows in kept:
+            adapters.active, adapters.rows = active, rows
+
+
+def activate_(model: nn.Module, selection: str | dict[str, float] | list[str | None] | None) -> None:
+    """Chooses which adapters act on a model.
+
+    Args:
+        model: an adapted model.
+        selection: one name; {name: weight} for an exact weighted combination; a list with one name per row of the next batches
+            (None: the frozen base for that row); or None for the frozen base.
+
+    Raises:
+        ActivationError: a name is not on the model.
+    """
+    layers = list(adapted_layers(model))
+    known = {name for _, _, adapters in layers for name in adapters}
+    rows = None
+    chosen: Selection = ()
+    if isinstance(selection, list):
+        names = tuple(dict.fromkeys(name or "" for name in selection))
+        wanted = set(names) - {""}
+        rows = (names, torch.tensor([names.index(name or "") for name in selection]))
+    else:
+        weights = {} if selection is None else {selection: 1.0} if isinstance(selection, str) else selection
+        wanted, chosen = set(weights), tuple((name, float(weight)) for name, weight in weights.items())
+    missing = sorted(wanted - known)
+    if missing:
+        raise ActivationError(f"no adapter {', '.join(map(repr, missing))} on this model; there are: {sorted(known) or 'none'}")
+    for _, layer, adapters in layers:
+        adapters.active = tuple((name, weight) for name, weight in chosen if name in adapters)
+        adapters.rows = None if rows is None else (rows[0], rows[1].to(cast(Tensor, layer.weight).device))
+
+
+Forward = Callable[[Tensor], Tensor]

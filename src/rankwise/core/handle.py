@@ -1,0 +1,343 @@
+"""The handle of one adapter on a model: train it, look inside, save it, merge it, take it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.core import merge
+from rankwise.core.bank import Bank
+from rankwise.core.bindings import Adapters, activate_, detach
+from rankwise.core.errors import MergeError, TargetError, TrainingError, did_you_mean
+from rankwise.core.operators import LowRank, Operator
+from rankwise.core.parameterization import Parameterization
+from rankwise.core.protocols import Decision, Freeze, Keep, Mask, Perturbation, Procedure, RankSchedule, Resize, Restart
+from rankwise.core.queries import as_low_rank
+from rankwise.core.randomness import MaskStream
+from rankwise.core.recipe import Recipe
+from rankwise.core.step import BlockOptimizer
+from rankwise.core.targets import Target
+
+BANKS = "rankwise_banks"  # the child of the model's root that holds shared tensors
+
+
+class Handle:
+    """One adapter on one model. Made by `adapt_` and `load_`.
+
+    Attributes:
+        model, recipe, name, seed: as given.
+        targets: site name -> layer.
+        skipped: layer name -> why it was left out.
+        auxiliary: name -> tensor trained whole beside the adapter (a classification head).
+        step_count: optimizer steps seen by `after_step`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        name: str,
+        seed: int,
+        targets: Mapping[str, Target],
+        skipped: Mapping[str, str],
+        auxiliary: Mapping[str, nn.Parameter],
+        was_trainable: Mapping[str, bool],
+        fingerprint: Callable[[], Mapping[str, str]],
+        masks: MaskStream,
+    ) -> None:
+        self.model, self.recipe, self.name, self.seed = model, recipe, name, seed
+        self.targets, self.skipped, self.auxiliary = dict(targets), dict(skipped), dict(auxiliary)
+        self.was_trainable, self.masks = dict(was_trainable), masks
+        self.fingerprint = fingerprint
+        self.step_count = 0
+        self.perturbation: Perturbation | None = recipe.perturbation.build() if recipe.perturbation else None
+        self.schedule: RankSchedule | None = recipe.schedule.build() if recipe.schedule else None
+        self.procedure: Procedure | None = recipe.procedure.build() if recipe.procedure else None
+        self._optimizer: BlockOptimizer | None = None
+        self._called_after_backward = False
+        self._hook = model.register_forward_pre_hook(masks.start_forward)
+
+    # -- looking inside ------------------------------------------------------------------------------------------------
+
+    def adapters(self, site: str) -> Adapters:
+        """All adapters of one site."""
+        if site not in self.targets:
+            raise TargetError(f"{site!r} is not an adapted site. {did_you_mean(site, self.targets)}")
+        return self.targets[site].module._modules["adapter"]  # type: ignore[return-value]
+
+    def parameterization(self, site: str) -> Parameterization:
+        """This adapter's parameterization at one site."""
+        return self.adapters(site)[self.name]
+
+    def update_of(self, site: str) -> Operator:
+        """W' - W against the untouched base weight, as an operator (m, n)."""
+        adapters = self.adapters(site)
+        return self.parameterization(site).total_update(adapters.frozen(self.targets[site].module))
+
+    def low_rank_of(self, site: str) -> LowRank | None:
+        """The exact factors of the update at one site, scale folded in; None where it is not of low rank."""
+        factors = as_low_rank(self.update_of(site))
+        return None if factors is None else factors.folded()
+
+    def updates(self) -> dict[str, Operator]:
+        """Site -> update: the adapter as data."""
+        return {site: self.update_of(site) for site in self.targets}
+
+    @property
+    def bank(self) -> Bank | None:
+        """Tensors shared by all sites, where the method has some."""
+        banks = self.model._modules.get(BANKS)
+        return None if banks is None else banks._modules.get(self.name)  # type: ignore[return-value]
+
+    def blocks(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Site -> role -> trained tensor. Frozen roles are left out."""
+        blocks: dict[str, dict[str, nn.Parameter]] = {}
+        for site in self.targets:
+            roles = {role: p for role, p in self.parameterization(site).roles().items() if p.requires_grad}
+            if roles:
+                blocks[site] = roles
+        if self.bank is not None:
+            shared = {role: p for role, p in self.bank.named_parameters() if p.requires_grad}
+            if shared:
+                blocks[f"{BANKS}.{self.name}"] = shared
+        return blocks
+
+    def plain_blocks(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Tensors trained whole beside the adapter, as blocks."""
+        blocks: dict[str, dict[str, nn.Parameter]] = {}
+        named = dict(self.model.named_parameters())
+        for name in self.auxiliary:
+            owner, _, role = name.rpartition(".")
+            blocks.setdefault(owner, {})[role] = named[name]
+        return blocks
+
+    @property
+    def trained_numbers(self) -> int:
+        """How many numbers are trained, the auxiliary tensors not counted."""
+        return sum(tensor.numel() for block in self.blocks().values() for tensor in block.values())
+
+    def coverage(self) -> str:
+        """What was adapted, what was not and why, as a table."""
+        lines = [f"adapter {self.name!r}: {self.recipe.name} on {len(self.targets)} layers, {self.trained_numbers:,} numbers"]
+        for site, target in self.targets.items():
+            roles = ", ".join(f"{role} {tuple(p.shape)}" for role, p in self.parameterization(site).roles().items())
+            lines.append(f"  adapted      {site}  {type(target.module).__name__} {target.m}×{target.n}  {roles}")
+        lines += [f"  trained too  {name}  {tuple(p.shape)}" for name, p in self.auxiliary.items()]
+        lines += [f"  left out     {name}  {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        trained, total = self.trained_numbers, sum(p.numel() for p in self.model.parameters())
+        extra = f" and {len(self.auxiliary)} whole tensors" if self.auxiliary else ""
+        left = f", {len(self.skipped)} layers left out (see coverage())" if self.skipped else ""
+        return (
+            f"Handle({self.name!r}: {self.recipe.name} on {len(self.targets)} layers{extra}, "
+            f"{trained:,} of {total:,} numbers trained{left})"
+        )
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def optimizer(self, lr: float, **overrides: Any) -> BlockOptimizer:
+        """The recipe's optimizer over this adapter's tensors. Make it after the model is wrapped (FSDP).
+
+        Args:
+            lr: learning rate.
+            **overrides: arguments of the recipe's steps, such as `weight_decay=0.01` or `ratio=8`.
+
+        Raises:
+            ArgumentError: no step of the recipe has such an argument.
+        """
+        from rankwise.core.adapt import steps_with  # a chain of steps needs the recipe's signatures, which adapt.py reads
+
+        plain = self.plain_blocks()
+        self._optimizer = BlockOptimizer(
+            {**self.blocks(), **plain}, steps_with(self.recipe, overrides), lr, plain=plain, before=self._check_before_step
+        )
+        return self._optimizer
+
+    def _check_before_step(self) -> None:
+        needed = [part for part in (self.perturbation, self.schedule) if part is not None]
+        if needed and not self._called_after_backward:
+            raise TrainingError(
+                f"the recipe {self.recipe.name!r} has {type(needed[0]).__name__}, which works between backward and step; "
+                "call handle.after_backward() after loss.backward() and handle.after_step() after optimizer.step()"
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the optimizer's next step."""
+        if self._optimizer is None:
+            raise TrainingError("there is no optimizer yet; make one with handle.optimizer(lr=…)")
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def after_backward(self, replay: Callable[[], Any] | None = None, *, check_finite: bool = True) -> None:
+        """Call after `loss.backward()`: runs the perturbation and the schedule's part before the step.
+
+        Args:
+            replay: runs forward and backward of this step again, for two-pass methods (SAM). It is called at the moved point.
+            check_finite: look for NaN in the gradients. Switch it off under a gradient scaler, which looks itself.
+
+        Raises:
+            TrainingError: a gradient is not finite, or a two-pass method got no replay.
+        """
+        blocks = self.blocks()
+        if check_finite:
+            for site, block in blocks.items():
+                for role, tensor in block.items():
+                    if tensor.grad is not None and not torch.isfinite(tensor.grad).all():
+                        raise TrainingError(
+                            f"step {self.step_count}: the gradient of {site}.{role} holds NaN or infinity. The weights are those "
+                            "of the last good step; lower the learning rate, or look for NaN in this batch"
+                        )
+        if self.schedule is not None:
+            self.schedule.before_step(self.step_count, blocks)
+        if self.perturbation is not None:
+            self._perturb(
+                self.perturbation, {**blocks, **self.plain_blocks()} if self.perturbation.second_pass else blocks, replay
+            )
+        self._called_after_backward = True
+
+    def _perturb(self, perturbation: Perturbation, blocks: dict[str, dict[str, nn.Parameter]], replay: Any) -> None:
+        if not perturbation.second_pass:
+            perturbation.move(blocks, learning_rate=self.learning_rate)
+            return
+        if replay is None:
+            raise TrainingError(
+                f"{type(perturbation).__name__} takes the gradient a second time; pass a function that runs forward and "
+                "backward of this batch again: handle.after_backward(lambda: model(**batch).loss.backward())"
+            )
+        perturbation.move(blocks, learning_rate=self.learning_rate)
+        forwards = self.masks.forwards
+        try:
+            for block in blocks.values():
+                for tensor in block.values():
+                    tensor.grad = None
+            self.masks.forwards = forwards - 1  # the replay's forward counts up to the same masks
+            replay()
+        finally:
+            self.masks.forwards = forwards
+            perturbation.restore(blocks)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Call after `optimizer.step()` and before `zero_grad()`: carries out what schedule and procedure decide."""
+        blocks = self.blocks()
+        for part in (self.schedule, self.procedure):
+            if part is None:
+                continue
+            for site, decision in part.decide(self.step_count, blocks, learning_rate=self.learning_rate).items():
+                self._carry_out(site, decision)
+        if self.perturbation is not None:
+            self.perturbation.advance()
+        self.step_count += 1
+        self._called_after_backward = False
+
+    def _carry_out(self, site: str, decision: Decision) -> None:
+        from rankwise.core import decisions
+
+        entry, optimizer = self.parameterization(site), self._optimizer
+        match decision:
+            case Keep():
+                pass
+            case Mask(keep):
+                decisions.mask(entry, keep)
+            case Resize(keep):
+                decisions.resize(entry, keep, optimizer)
+            case Freeze(roles):
+                decisions.freeze(entry, roles, optimizer)
+            case Restart(moments):
+                decisions.restart(self.targets[site], self.name, moments, optimizer, self.seed + self.step_count + 1)
+
+    # -- keeping and removing ------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes recipe, trained tensors and the base's fingerprint; see `rankwise.load_`."""
+        from rankwise.core.checkpoint import save
+
+        return save(self, Path(directory))
+
+    def merge_(self) -> None:
+        """Writes the update into the weights; the untouched weights are kept for `unmerge_`.
+
+        Raises:
+            MergeError: merged already, a weight is tied, or a number is not finite. Nothing is changed then.
+        """
+        merge.refuse_merge(self.model, self.targets, self.name)
+        done: list[Target] = []
+        try:
+            for target in self.targets.values():
+                merge.merge_site(target, self.name)
+                done.append(target)
+        except MergeError:
+            for target in done:
+                merge.unmerge_site(target, self.name)
+            raise
+
+    def unmerge_(self) -> None:
+        """Takes the update out of the weights again, to the bit.
+
+        Raises:
+            MergeError: it is not merged.
+        """
+        for target in self.targets.values():
+            merge.unmerge_site(target, self.name)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is written into the weights."""
+        return any(self.name in self.adapters(site).merged for site in self.targets)
+
+    def activate_(self) -> None:
+        """Makes this adapter the only one that acts. See `rankwise.activate_` for combinations and rows."""
+        activate_(self.model, self.name)
+
+    def detach_(self) -> None:
+        """Takes the adapter off; the last one leaves the model as it was before, weights to the bit."""
+        for target in self.targets.values():
+            adapters: Adapters = target.module._modules["adapter"]  # type: ignore[assignment]
+            if self.name in adapters.merged:
+                merge.unmerge_site(target, self.name)
+            adapters.active = tuple(pair for pair in adapters.active if pair[0] != self.name)
+            if len(adapters) == 1:
+                merge.restore_site(target)
+            detach(target, self.name)
+        banks = self.model._modules.get(BANKS)
+        if banks is not None and self.name in banks._modules:
+            del banks._modules[self.name]
+            if not banks._modules:
+                del self.model._modules[BANKS]
+        self._hook.remove()
+        named = dict(self.model.named_parameters())
+        for name, flag in self.was_trainable.items():
+            if name in named:
+                named[name].requires_grad_(flag)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Training state beside tensors and optimizer: step count, schedules, perturbation; to resume to the bit."""
+        parts = {"schedule": self.schedule, "procedure": self.procedure, "perturbation": self.perturbation}
+        state: dict[str, Any] = {"step_count": self.step_count, "forwards": self.masks.forwards}
+        return state | {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.step_count, self.masks.forwards = int(state["step_count"]), int(state["forwards"])
+        for name, part in (("schedule", self.schedule), ("procedure", self.procedure), ("perturbation", self.perturbation)):
+            if part is not None:
+                part.load_state_dict(state[name])
+
+
+def trained_tensors(handle: Handle) -> dict[str, Tensor]:
+    """Key -> tensor of everything that defines the adapter: trained, frozen and carried parts, shared ones once."""
+    tensors: dict[str, Tensor] = {}
+    for site in handle.targets:
+        for key, tensor in handle.parameterization(site).state_dict().items():
+            tensors[f"{site}.{key}"] = tensor
+    if handle.bank is not None:
+        tensors |= {f"{BANKS}.{key}": tensor for key, tensor in handle.bank.state_dict().items()}
+    named = dict(handle.model.named_parameters())
+    return tensors | {name: named[name] for name in handle.auxiliary}

@@ -1,0 +1,113 @@
+"""Writing updates into the weight and taking them out again to the bit.
+
+The untouched weight is kept (`Adapters.stash`) from the first change on and copied back at the end; nothing is ever
+subtracted. Merging computes in float32 or wider and casts once.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from rankwise.core.bindings import Adapters
+from rankwise.core.errors import MergeError, shorten
+from rankwise.core.operators import LowRank
+from rankwise.core.targets import Target, tied_with
+
+
+def refuse_merge(model: nn.Module, targets: dict[str, Target], name: str) -> None:
+    """Raises before anything is touched.
+
+    Raises:
+        MergeError: the adapter is merged already, a weight is tied, or a trained tensor is not finite.
+    """
+    for site, target in targets.items():
+        adapters = _adapters(target)
+        if name in adapters.merged:
+            raise MergeError(f"adapter {name!r} is merged already; call unmerge_() first, merging twice would add it twice")
+        others = tied_with(model, site)
+        if others:
+            raise MergeError(
+                f"{site}.weight is the same tensor as {shorten(others)}, so merging into {site} would change both. "
+                f"Untie them first (give {site} a copy of the weight), or leave {site} unmerged and serve the adapter beside it"
+            )
+        for role, tensor in adapters[name].named_parameters():
+            if not torch.isfinite(tensor).all():
+                raise MergeError(f"{site}.{role} holds NaN or infinity; the weight was not touched. Load an earlier checkpoint")
+
+
+def merge_site(target: Target, name: str) -> None:
+    """Writes the adapter into the weight of one site, on top of what is merged there."""
+    adapters = _adapters(target)
+    _write(target, (*adapters.merged, name))
+
+
+def unmerge_site(target: Target, name: str) -> None:
+    """Takes the adapter out of the weight of one site; without other parts the untouched weight comes back to the bit."""
+    adapters = _adapters(target)
+    if name not in adapters.merged:
+        raise MergeError(f"adapter {name!r} is not merged, so there is nothing to take out; call merge_() first")
+    _write(target, tuple(other for other in adapters.merged if other != name))
+
+
+def absorb_site(target: Target, name: str, part: LowRank) -> None:
+    """Adds a frozen low-rank part to the weight of one site and to what the adapter carries."""
+    adapters = _adapters(target)
+    if adapters.merged:
+        raise MergeError(f"{adapters.merged} is merged; unmerge before a start or a restart rewrites the weight")
+    adapters[name].carry(part, absorbed=True)
+    _write(target, ())
+
+
+def rewrite(target: Target) -> None:
+    """Writes what the adapters carry as absorbed into the weight, after a load."""
+    _write(target, ())
+
+
+def restore_site(target: Target) -> None:
+    """Brings the untouched weight back to the bit."""
+    adapters = _adapters(target)
+    if adapters.stash is not None:
+        with torch.no_grad():
+            target.parameter().copy_(adapters.stash)
+        adapters.stash = None
+    adapters.merged = ()
+
+
+@torch.no_grad()
+def _write(target: Target, merged: tuple[str, ...]) -> None:
+    """Sets the weight to: untouched weight + absorbed parts + updates of the merged adapters."""
+    adapters, parameter = _adapters(target), target.parameter()
+    if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
+        raise MergeError(f"{target.name} is quantized ({type(parameter).__name__}); load the base dequantized to merge")
+    if adapters.stash is None:
+        adapters.stash = parameter.detach().clone()
+    parameter.copy_(adapters.stash)
+    adapters.merged = ()
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    untouched = adapters.layout.to_matrix(adapters.stash).to(wide)
+    absorbed: list[LowRank] = []
+    for name in adapters:
+        carried = adapters[name].carried()
+        if adapters[name].absorbed and carried is not None:
+            absorbed.append(carried)
+    if absorbed:
+        for part in absorbed:
+            untouched = untouched + part.dense().to(wide)
+        parameter.copy_(adapters.layout.from_matrix(untouched, parameter))
+    if merged:
+        matrix = adapters.combined(target.module, tuple((name, 1.0) for name in merged)).dense().to(wide)
+        if not torch.isfinite(matrix).all():
+            parameter.copy_(adapters.stash)
+            raise MergeError(f"the merged weight of {target.name} is not finite; the weight was not changed")
+        parameter.copy_(adapters.layout.from_matrix(matrix, parameter))
+    adapters.merged = merged
+    if not merged and not absorbed:
+        parameter.copy_(adapters.stash)
+        adapters.stash = None
+
+
+def _adapters(target: Target) -> Adapters:
+    return cast(Adapters, target.module._modules["adapter"])

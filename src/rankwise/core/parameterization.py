@@ -1,0 +1,225 @@
+"""The contract of a parameterization: a map from the frozen operator to the adapted one, and what it declares about itself.
+
+A method states its roles (the names of its trained tensors), how a start can be put into it, and facts that select the
+shared checks. It never mentions a layer class, a dtype policy, a device or an optimizer; the binding does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.core.bank import Bank
+from rankwise.core.combinators import Sum
+from rankwise.core.errors import Problem
+from rankwise.core.layouts import Layout
+from rankwise.core.operators import LowRank, Operator
+from rankwise.core.queries import as_low_rank
+from rankwise.core.randomness import generator_for
+
+PRODUCT = "product"  # a start that gives B A ≠ 0, placed so that the update equals it
+INPUT = "input"  # a start that gives the input factor A alone, with B = 0
+ALL_LAYOUTS = frozenset({"linear", "conv", "embedding"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One layer about to be adapted: what a method may know of it.
+
+    Attributes:
+        name: dotted name of the layer in the model.
+        m, n: outputs and inputs of its matrix.
+        layout: what the matrix means in the layer.
+        weight: gives the frozen matrix (m, n), detached, in at least float32.
+        seed: of the adapter.
+        dtype, device: for new trained tensors.
+        masks: gives dropout masks (see `MaskStream`).
+        bank: tensors shared between the adapter's sites, where the method declared some.
+        shape: of the weight tensor in matrix orientation with its modes kept, (out, in, kernel…).
+    """
+
+    name: str
+    m: int
+    n: int
+    layout: Layout
+    weight: Callable[[], Tensor]
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    masks: Callable[[Tensor, float], Tensor] | None = None
+    bank: Bank | None = None
+    shape: tuple[int, ...] = ()
+
+    def generator(self, purpose: str = "start") -> torch.Generator:
+        """A private CPU generator for this site and purpose."""
+        return generator_for(self.seed, self.name, purpose)
+
+    def normal(self, *shape: int, std: float = 1.0, purpose: str = "start") -> Tensor:
+        """Gaussian numbers N(0, std²) of the given shape, from the site's private generator."""
+        values = torch.randn(*shape, generator=self.generator(purpose), dtype=torch.float64) * std
+        return values.to(self.dtype).to(self.device)
+
+    def uniform(self, *shape: int, bound: float, purpose: str = "start") -> Tensor:
+        """Uniform numbers in [-bound, bound] of the given shape, from the site's private generator."""
+        values = (torch.rand(*shape, generator=self.generator(purpose), dtype=torch.float64) * 2 - 1) * bound
+        return values.to(self.dtype).to(self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the dtype of trained tensors."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A detached copy in the dtype and on the device of trained tensors."""
+        return tensor.detach().to(device=self.device, dtype=self.dtype, copy=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a parameterization declares; facts select the contract's checks and never change the maths.
+
+    Attributes:
+        additive: W' = W + update, with an update that does not depend on W.
+        starts_at_base: the first forward equals the frozen layer's.
+        exact_lora_export: `as_low_rank` of the update is exact.
+        layouts: the layer kinds it works on.
+        expected_failures: contract check -> reason.
+    """
+
+    additive: bool = True
+    starts_at_base: bool = True
+    exact_lora_export: bool = True
+    layouts: frozenset[str] = ALL_LAYOUTS
+    expected_failures: Mapping[str, str] = field(default_factory=dict)
+
+
+class Parameterization(nn.Module, ABC):
+    """Interface: `forward(base) -> adapted operator`. Trained tensors are its parameters, frozen ones its buffers."""
+
+    facts: ClassVar[Facts] = Facts()
+    carried_B: Tensor | None
+    carried_A: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank = 0
+        self.scale = 1.0
+        # A frozen low-rank part of the base that this adapter brought along: minus its start ("offset"), or factors that
+        # were absorbed into the weight. See `Adapters` for who applies it.
+        self.register_buffer("carried_B", None)
+        self.register_buffer("carried_A", None)
+        self.absorbed = False
+
+    @classmethod
+    @abstractmethod
+    def roles_of(cls, **arguments: Any) -> frozenset[str]:
+        """Names of the trained tensors for these arguments, known without building anything."""
+
+    @classmethod
+    def start_kinds(cls, **arguments: Any) -> frozenset[str]:
+        """Kinds of start it can hold: "product" (B A ≠ 0), "input" (A alone). Empty: it has a start of its own."""
+        return frozenset()
+
+    @classmethod
+    def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
+        """The rank asked for, where it must not exceed min(m, n); None where any value fits."""
+        return arguments.get("rank")
+
+    @classmethod
+    def problems_at(cls, site: Site, **arguments: Any) -> list[Problem]:
+        """Reasons why this site cannot take these arguments, beyond rank and layer kind."""
+        return []
+
+    @classmethod
+    def shared(cls, sites: Sequence[Site], **arguments: Any) -> Bank | None:
+        """Tensors that all sites of the adapter share, made before any site is built."""
+        return None
+
+    @abstractmethod
+    def forward(self, base: Operator) -> Operator:
+        """The adapted operator. The whole method."""
+
+    def update(self) -> Operator:
+        """The low-rank part W' - W would have if nothing else were trained (for additive methods: the whole update)."""
+        raise TypeError(f"{type(self).__name__} has no additive part; this is a bug in rankwise")
+
+    def load_factors(self, factors: LowRank) -> None:
+        """Puts a start in: afterwards `update()` equals scale · B A of `factors`, or `factors.A` is the input factor."""
+        raise TypeError(f"{type(self).__name__} cannot hold a start; this is a bug in rankwise")
+
+    def refresh(self, base: Operator) -> None:
+        """Recomputes what was read off the base, after a start has moved it."""
+
+    def restart(self, site: Site) -> None:
+        """Draws the trained tensors again, from a freshly seeded site, so that `update()` is zero (ReLoRA)."""
+        raise TypeError(f"{type(self).__name__} cannot be restarted; this is a bug in rankwise")
+
+    def roles(self) -> dict[str, nn.Parameter]:
+        """Trained tensors by role: the last part of the parameter's name."""
+        named: dict[str, nn.Parameter] = {}
+        for name, parameter in self.named_parameters():
+            role = name.rsplit(".", 1)[-1]
+            if role in named:
+                raise TypeError(f"{type(self).__name__} has two tensors with role {role!r}; this is a bug in rankwise")
+            named[role] = parameter
+        return named
+
+    def carried(self) -> LowRank | None:
+        """The frozen low-rank part that came with this adapter, or None."""
+        if self.carried_B is None or self.carried_A is None:
+            return None
+        return LowRank(self.carried_B, self.carried_A)
+
+    def carry(self, part: LowRank, *, absorbed: bool) -> None:
+        """Adds a frozen low-rank part to what is carried."""
+        new = part.folded()
+        old = self.carried()
+        B = new.B.detach().clone() if old is None else torch.cat([old.B, new.B.detach()], dim=1)
+        A = new.A.detach().clone() if old is None else torch.cat([old.A, new.A.detach()], dim=0)
+        self.carried_B, self.carried_A, self.absorbed = B, A, absorbed
+
+    def effective(self, base: Operator) -> Operator:
+        """The adapted operator on this base, with what is carried applied unless the weight holds it already."""
+        carried = self.carried()
+        return self.forward(base if carried is None or self.absorbed else Sum(base, carried))
+
+    def total_update(self, base: Operator) -> Operator:
+        """W' - W₀ against the untouched base: low rank where the method is additive, a dense difference elsewhere."""
+        carried = self.carried()
+        if self.facts.additive:
+            return self.update() if carried is None else Sum(self.update(), carried)
+        untouched = base if carried is None or not self.absorbed else Sum(base, LowRank(-carried.B, carried.A))
+        return _Difference(self.effective(base), untouched)
+
+
+class Additive(Parameterization):
+    """Interface: W' = W + update()."""
+
+    @abstractmethod
+    def update(self) -> Operator:
+        """W' - W."""
+
+    def forward(self, base: Operator) -> Operator:
+        return Sum(base, self.update())
+
+    def low_rank(self) -> LowRank | None:
+        """The exact factors of the update, or None."""
+        return as_low_rank(self.update())
+
+
+class _Difference(Operator):
+    """adapted - base: what a method that is not additive did to the weight."""
+
+    def __init__(self, adapted: Operator, base: Operator) -> None:
+        self.adapted, self.base = adapted, base
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    def dense(self) -> Tensor:
+        return self.adapted.dense() - self.base.dense()

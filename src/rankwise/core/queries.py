@@ -1,0 +1,180 @@
+"""Questions about operators: dispatched functions, each with a dense default, so that a new operator works at once.
+
+row_norms(op)      (m,) Euclidean norms of the rows
+column_norms(op)   (n,) Euclidean norms of the columns
+as_low_rank(op)    the exact factors, or None where the operator has no exact narrow form
+rank_bound(op)     an upper bound on the rank
+frobenius(op)      the Frobenius norm
+svd(op)            thin singular value decomposition; O((m + n) r²) through QR of the factors where they exist
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankwise.core.combinators import ColumnScale, Dropped, RowScale, Scaled, Sum
+from rankwise.core.operators import Base, Chain, LowRank, Operator
+from rankwise.core.structured import TensorTrain, Tucker
+
+
+class SVD(NamedTuple):
+    """U (m, k), S (k,) descending, Vh (k, n)."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    def truncated(self, rank: int) -> SVD:
+        """The leading `rank` triplets."""
+        return SVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
+
+
+@singledispatch
+def as_low_rank(operator: Operator) -> LowRank | None:
+    """The exact (B, A) of an operator, or None where it has none narrower than the matrix itself."""
+    return None
+
+
+@as_low_rank.register
+def _(operator: LowRank) -> LowRank | None:
+    return operator
+
+
+@as_low_rank.register
+def _(operator: Chain) -> LowRank | None:
+    return operator.narrowest() if len(operator.factors) > 1 else None
+
+
+@as_low_rank.register
+def _(operator: Tucker) -> LowRank | None:
+    return LowRank(operator.factors[0], operator.unfolded(), operator.scale)
+
+
+@as_low_rank.register
+def _(operator: TensorTrain) -> LowRank | None:
+    return LowRank(*operator.halves(), operator.scale)
+
+
+@as_low_rank.register
+def _(operator: Sum) -> LowRank | None:
+    parts = [as_low_rank(term) for term in operator.terms]
+    exact = [part.folded() for part in parts if part is not None]
+    if len(exact) != len(parts):
+        return None
+    return LowRank(torch.cat([part.B for part in exact], dim=1), torch.cat([part.A for part in exact], dim=0))
+
+
+@as_low_rank.register
+def _(operator: Scaled) -> LowRank | None:
+    inner = as_low_rank(operator.inner)
+    if inner is None:
+        return None
+    if isinstance(operator.factor, float):
+        return LowRank(inner.B, inner.A, inner.scale * operator.factor)
+    return LowRank(inner.B * operator.factor, inner.A, inner.scale)
+
+
+@as_low_rank.register
+def _(operator: RowScale) -> LowRank | None:
+    inner = as_low_rank(operator.inner)
+    return None if inner is None else LowRank(operator.scale[:, None] * inner.B, inner.A, inner.scale)
+
+
+@as_low_rank.register
+def _(operator: ColumnScale) -> LowRank | None:
+    inner = as_low_rank(operator.inner)
+    return None if inner is None else LowRank(inner.B, inner.A * operator.scale, inner.scale)
+
+
+@as_low_rank.register
+def _(operator: Dropped) -> LowRank | None:
+    return as_low_rank(operator.inner)
+
+
+def rank_bound(operator: Operator) -> int:
+    """An upper bound on the rank: the inner width where there is one, else min(m, n)."""
+    factors = as_low_rank(operator)
+    return min(*operator.shape, *(() if factors is None else (factors.rank,)))
+
+
+def row_norms(operator: Operator) -> Tensor:
+    """(m,) norms of the rows, in at least float32.
+
+    For a frozen base plus a low-rank update no dense (m, n) matrix is formed:
+    ‖w_i + (B A)_i‖² = ‖w_i‖² + 2 ⟨(W Aᵀ)_i, B_i⟩ + B_i (A Aᵀ) B_iᵀ.
+    """
+    base, update = _split(operator)
+    if base is None or update is None:
+        return _wide(operator.dense()).norm(dim=1)
+    W, pair = _wide(base.dense()), update.folded()
+    B, A = _wide(pair.B), _wide(pair.A)
+    cross = ((W @ A.t()) * B).sum(1)  # (m,)
+    square = ((B @ (A @ A.t())) * B).sum(1)  # (m,)
+    return (_square_row_norms(base, W) + 2 * cross + square).clamp_min(0).sqrt()
+
+
+def column_norms(operator: Operator) -> Tensor:
+    """(n,) norms of the columns, in at least float32, by the same identity on the transposed factors."""
+    base, update = _split(operator)
+    if base is None or update is None:
+        return _wide(operator.dense()).norm(dim=0)
+    W, pair = _wide(base.dense()), update.folded()
+    B, A = _wide(pair.B), _wide(pair.A)
+    cross = ((B.t() @ W) * A).sum(0)  # (n,)
+    square = (((B.t() @ B) @ A) * A).sum(0)  # (n,)
+    return (W.square().sum(0) + 2 * cross + square).clamp_min(0).sqrt()
+
+
+def frobenius(operator: Operator) -> Tensor:
+    """The Frobenius norm: ‖B A‖² = tr((BᵀB)(A Aᵀ)) where there are factors."""
+    factors = as_low_rank(operator)
+    if factors is None:
+        return _wide(operator.dense()).norm()
+    pair = factors.folded()
+    B, A = _wide(pair.B), _wide(pair.A)
+    return ((B.t() @ B) * (A @ A.t())).sum().clamp_min(0).sqrt()
+
+
+def svd(operator: Operator) -> SVD:
+    """Thin singular value decomposition, signs fixed so that the largest entry of each left vector is positive."""
+    factors = as_low_rank(operator)
+    if factors is None or factors.rank >= min(operator.shape):
+        U, S, Vh = torch.linalg.svd(_wide(operator.dense()), full_matrices=False)
+    else:
+        pair = factors.folded()
+        left, left_core = torch.linalg.qr(_wide(pair.B))  # (m, r), (r, r)
+        right, right_core = torch.linalg.qr(_wide(pair.A).t())  # (n, r), (r, r)
+        u, S, vh = torch.linalg.svd(left_core @ right_core.t())
+        U, Vh = left @ u, vh @ right.t()
+    signs = torch.gather(U, 0, U.abs().argmax(0, keepdim=True)).sign()  # (1, k)
+    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    return SVD(U * signs, S, Vh * signs.t())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32, so that sums of squares of half-precision weights are right."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
+    """The frozen base and the low-rank rest of a sum, or None for what is not of that form."""
+    if not isinstance(operator, Sum) or not isinstance(operator.terms[0], Base) or len(operator.terms) < 2:
+        return None, None
+    return operator.terms[0], as_low_rank(Sum(*operator.terms[1:]))
+
+
+def _square_row_norms(base: Base, weight: Tensor) -> Tensor:
+    """‖w_i‖² of the frozen layer, kept on the layer until its weight changes."""
+    source = base.plain_weight()
+    if source is None or source.requires_grad or torch.compiler.is_compiling():
+        return weight.square().sum(1)
+    key = (source.data_ptr(), source._version, weight.dtype, str(source.device))
+    cached = base.layer.__dict__.get("_rankwise_square_row_norms")
+    if cached is None or cached[0] != key:
+        cached = (key, weight.detach().square().sum(1))
+        base.layer.__dict__["_rankwise_square_row_norms"] = cached
+    return cached[1]

@@ -1,0 +1,100 @@
+"""Private randomness: seeded generators, and dropout masks that can be drawn again. The global generators are untouched."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rankwise.core.errors import TrainingError
+
+_REMEMBERED = 4096  # mask calls kept for recomputation: layers × micro-batches between a forward and its backward
+
+
+def generator_for(seed: int, *names: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream depends on the seed and on names (of a layer, of a purpose). CPU streams agree everywhere."""
+    text = "/".join(str(name) for name in names)
+    return torch.Generator(device).manual_seed((int(seed) << 32) ^ zlib.crc32(text.encode()))
+
+
+class MaskStream:
+    """Dropout masks of one adapter on a model: one per input tensor and forward, and the same again under recomputation.
+
+    Layers that read the same tensor (q, k and v; gate and up) share one mask, so it is drawn and kept once. A mask depends on
+    the seed, the forward it was drawn in and the layer that asked first. Gradient checkpointing runs layers again inside
+    backward; the stream then finds the forward it repeats by the layer and the content of its input.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.forwards = 0
+        self._shared: tuple[weakref.ref[Tensor], int, float, str, Tensor] | None = None
+        self._calls: OrderedDict[tuple[str, float], tuple[int, str]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seed": self.seed, "forwards": self.forwards, "_shared": None, "_calls": OrderedDict()}
+
+    def start_forward(self, *_: object) -> None:
+        """Called once per forward of the model, as its forward pre-hook."""
+        self.forwards += 1
+        self._shared = None
+
+    def mask(self, x: Tensor, probability: float, site: str) -> Tensor:
+        """A mask of x's shape and dtype: 0 with the given probability, else 1 / (1 - probability).
+
+        Raises:
+            TrainingError: a recomputation asks for a forward that is no longer remembered.
+        """
+        return _eagerly(self._mask, x, probability, site)
+
+    def _mask(self, x: Tensor, probability: float, site: str) -> Tensor:
+        if self._shared is not None:
+            reference, version, kept, owner, mask = self._shared
+            if reference() is x and version == x._version and kept == probability:
+                self._remember(x, site, owner)
+                return mask
+        forward, owner = self.forwards, site
+        if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpointed layer runs again
+            found = self._calls.get((site, _probe(x)))
+            if found is None:
+                raise TrainingError(
+                    f"gradient checkpointing runs {site} again with an input that no forward is remembered for, so its dropout "
+                    "mask cannot be repeated; call backward() closer to its forward, or set dropout=0"
+                )
+            forward, owner = found
+        else:
+            self._remember(x, site, site)
+        generator = generator_for(self.seed, "mask", forward, owner, device=x.device)
+        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - probability, generator=generator)
+        mask.mul_(1.0 / (1.0 - probability))
+        self._shared = (weakref.ref(x), x._version, probability, owner, mask)
+        return mask
+
+    def _remember(self, x: Tensor, site: str, owner: str) -> None:
+        if not _may_be_recomputed():
+            return
+        self._calls[site, _probe(x)] = (self.forwards, owner)
+        if len(self._calls) > _REMEMBERED:
+            self._calls.popitem(last=False)
+
+
+@torch.compiler.disable
+def _eagerly(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Runs outside of a compiled graph: a private generator cannot be captured."""
+    return function(*arguments)
+
+
+def _may_be_recomputed() -> bool:
+    """Whether a checkpoint is recording: the reentrant kind switches gradients off, the other kind hooks saved tensors."""
+    return not torch.is_grad_enabled() or cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _probe(x: Tensor) -> float:
+    """A number that tells inputs apart and is the same to the bit when a forward is repeated."""
+    flat = x.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 251)].double().sum().item()

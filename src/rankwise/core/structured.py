@@ -1,0 +1,133 @@
+"""Operators with a structure of their own: Kronecker products, blocks, sparse entries, tensor trains and Tucker forms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rankwise.core.layouts import Layout, LinearLayout
+from rankwise.core.operators import Operator, compute_dtype
+
+
+class Kronecker(Operator):
+    """left ⊗ right, left (m₁, n₁), right (m₂, n₂), shape (m₁m₂, n₁n₂). Applied factor by factor: (L ⊗ R) vec = vec(L X Rᵀ)."""
+
+    def __init__(self, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        self.left, self.right, self.scale = left, right, scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1]
+
+    def dense(self) -> Tensor:
+        return torch.kron(self.left.contiguous(), self.right.contiguous()) * self.scale
+
+    def apply(self, x: Tensor, layout: Layout) -> Tensor:
+        if not isinstance(layout, LinearLayout):
+            return super().apply(x, layout)
+        dtype = compute_dtype(x, self.left.dtype)
+        left, right = (self.left * self.scale).to(dtype), self.right.to(dtype)
+        grid = x.reshape(*x.shape[:-1], left.shape[1], right.shape[1]).to(dtype)  # (…, n₁, n₂)
+        return (left @ (grid @ right.t())).reshape(*x.shape[:-1], self.shape[0])
+
+
+class BlockDiagonal(Operator):
+    """diag(blocks₁, …, blocks_k), blocks (k, p, q), shape (kp, kq)."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        count, rows, columns = self.blocks.shape
+        return count * rows, count * columns
+
+    def dense(self) -> Tensor:
+        return torch.block_diag(*self.blocks)
+
+    def apply(self, x: Tensor, layout: Layout) -> Tensor:
+        if not isinstance(layout, LinearLayout):
+            return super().apply(x, layout)
+        blocks = self.blocks.to(compute_dtype(x, self.blocks.dtype))
+        parts = x.reshape(*x.shape[:-1], blocks.shape[0], blocks.shape[2]).to(blocks.dtype)  # (…, k, q)
+        return torch.einsum("...kq,kpq->...kp", parts, blocks).reshape(*x.shape[:-1], self.shape[0])
+
+
+class Sparse(Operator):
+    """values (k,) at rows (k,) and columns (k,) of an (m, n) matrix of zeros."""
+
+    def __init__(self, values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> None:
+        self.values, self.rows, self.columns, self._shape = values, rows, columns, shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    def dense(self) -> Tensor:
+        zeros = self.values.new_zeros(self._shape)
+        return zeros.index_put((self.rows, self.columns), self.values, accumulate=True)
+
+
+class Tucker(Operator):
+    """core ×₁ out ×₂ in ×₃ kernel…, flattened to (m, n): core (j_out, j_in, j_k…), factors (size_k, j_k) in the same order.
+
+    m = size of the first factor; n = product of the others (in · kernel), so the factors fit a convolution's weight
+    (out, in, kernel…). With two factors it is the chain out · core · inᵀ. The exact pair (B, A) is (out, unfolded rest).
+    """
+
+    def __init__(self, core: Tensor, *factors: Tensor, scale: float = 1.0) -> None:
+        self.core, self.factors, self.scale = core, factors, scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors[0].shape[0], math.prod(factor.shape[0] for factor in self.factors[1:])
+
+    def unfolded(self) -> Tensor:
+        """A (j_out, n): the core expanded in every mode but the output's, small modes first."""
+        tensor = self.core
+        for mode in sorted(range(1, self.core.dim()), key=lambda k: self.factors[k].shape[0]):
+            tensor = (tensor.movedim(mode, -1) @ self.factors[mode].t()).movedim(-1, mode)
+        return tensor.reshape(tensor.shape[0], -1)
+
+    def dense(self) -> Tensor:
+        return (self.factors[0] @ self.unfolded()) * self.scale
+
+    def apply(self, x: Tensor, layout: Layout) -> Tensor:
+        dtype = compute_dtype(x, self.core.dtype)
+        if len(self.factors) == 2:  # three thin products instead of one (j_out, n)
+            z = layout.mix(layout.project(x, self.factors[1].t().to(dtype)), self.core.to(dtype))
+        else:
+            z = layout.project(x, self.unfolded().to(dtype))
+        return layout.expand(z if self.scale == 1.0 else z * self.scale, self.factors[0].to(dtype))
+
+
+class TensorTrain(Operator):
+    """A chain of cores (r_{k-1}, size_k, r_k), r₀ = r_K = 1; the first `output_modes` sizes multiply to m, the rest to n."""
+
+    def __init__(self, *cores: Tensor, output_modes: int, scale: float = 1.0) -> None:
+        self.cores, self.output_modes, self.scale = cores, output_modes, scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        sizes = [core.shape[1] for core in self.cores]
+        return math.prod(sizes[: self.output_modes]), math.prod(sizes[self.output_modes :])
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The exact pair (B, A) at the bond between output and input modes."""
+        left, right = self.cores[0], self.cores[-1]
+        for core in self.cores[1 : self.output_modes]:
+            left = torch.tensordot(left, core, dims=1).flatten(1, 2)  # (1, sizes…, r)
+        for core in reversed(self.cores[self.output_modes : -1]):
+            right = torch.tensordot(core, right, dims=1).flatten(1, 2)  # (r, sizes…, 1)
+        return left.squeeze(0), right.squeeze(-1)
+
+    def dense(self) -> Tensor:
+        B, A = self.halves()
+        return (B @ A) * self.scale
+
+    def apply(self, x: Tensor, layout: Layout) -> Tensor:
+        B, A = self.halves()
+        dtype = compute_dtype(x, A.dtype)
+        return layout.expand(layout.project(x, A.to(dtype)) * self.scale, B.to(dtype))

@@ -1,0 +1,1 @@
+"""Data, tasks, comparison and reports: what the command line is made of."""

@@ -1,0 +1,1 @@
+"""Several updates into one."""

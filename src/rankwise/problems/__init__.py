@@ -1,0 +1,1 @@
+"""Low-rank matrix problems with known truth: the field's classical testbeds."""

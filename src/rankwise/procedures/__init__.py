@@ -1,0 +1,1 @@
+"""Methods that own the loop or the network, built from the other pieces."""

@@ -1,0 +1,1 @@
+"""Pure decisions about ranks, freezing and restarts; the handle carries them out."""

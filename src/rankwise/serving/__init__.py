@@ -1,0 +1,1 @@
+"""Many adapters on one model at once: banks and routed batches."""

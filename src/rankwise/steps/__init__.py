@@ -1,0 +1,1 @@
+"""Gradient transformations on role-named blocks, chained by `rankwise.core.step`."""
