@@ -16,7 +16,7 @@ from rankwise.core.bindings import activate_, adapted_layers, attach, detach
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import ArgumentError, RecipeError, TargetError, did_you_mean, shorten
 from rankwise.core.fingerprint import fingerprint_of
-from rankwise.core.handle import BANKS, Handle
+from rankwise.core.handle import BANKS, Handle, bank_of
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT, Parameterization, Site
 from rankwise.core.protocols import Approximation
@@ -77,7 +77,7 @@ def adapt_(
     done: list[Target] = []
     try:
         _attach_bank(model, recipe, sites, name, seed)
-        bank = model._modules[BANKS]._modules.get(name) if BANKS in model._modules else None  # type: ignore[union-attr]
+        bank = bank_of(model, name)
         for site, target in targets.items():
             entry = _build(recipe, site, sites[site], bank)
             attach(target, name, entry, binding=binding)

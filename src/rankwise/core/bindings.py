@@ -22,7 +22,7 @@ from rankwise.core.errors import ActivationError
 from rankwise.core.layouts import Layout
 from rankwise.core.operators import Base, Dense, LowRank, Operator
 from rankwise.core.parameterization import Additive, Parameterization
-from rankwise.core.targets import Target, dequantize
+from rankwise.core.targets import Target, dequantize, weight_parameter
 
 Selection = tuple[tuple[str, float], ...]
 
@@ -104,7 +104,8 @@ class Adapters(nn.ModuleDict):
         """The layer's forward with what is active."""
         if self.rows is None and all(name in self.merged for name, _ in self.active):
             return _original_class(layer).forward(layer, x)
-        return self.operator(layer).affine(x, self.layout, getattr(layer, "bias", None))
+        y = self.operator(layer).affine(x, self.layout, getattr(layer, "bias", None))
+        return y if x.is_floating_point() else self.layout.finish(y, x, weight_parameter(layer).dtype)
 
     def extra_repr(self) -> str:
         said = ", ".join(name if weight == 1.0 else f"{weight:g}·{name}" for name, weight in self.active) or "none"

@@ -91,8 +91,7 @@ class Handle:
     @property
     def bank(self) -> Bank | None:
         """Tensors shared by all sites, where the method has some."""
-        banks = self.model._modules.get(BANKS)
-        return None if banks is None else banks._modules.get(self.name)  # type: ignore[return-value]
+        return bank_of(self.model, self.name)
 
     def blocks(self) -> dict[str, dict[str, nn.Parameter]]:
         """Site -> role -> trained tensor. Frozen roles are left out."""
@@ -191,8 +190,8 @@ class Handle:
                 for role, tensor in block.items():
                     if tensor.grad is not None and not torch.isfinite(tensor.grad).all():
                         raise TrainingError(
-                            f"step {self.step_count}: the gradient of {site}.{role} holds NaN or infinity. The weights are those "
-                            "of the last good step; lower the learning rate, or look for NaN in this batch"
+                            f"step {self.step_count}: the gradient of {site}.{role} holds NaN or infinity. The weights are "
+                            "those of the last good step; lower the learning rate, or look for NaN in this batch"
                         )
         if self.schedule is not None:
             self.schedule.before_step(self.step_count, blocks)
@@ -329,6 +328,13 @@ class Handle:
         for name, part in (("schedule", self.schedule), ("procedure", self.procedure), ("perturbation", self.perturbation)):
             if part is not None:
                 part.load_state_dict(state[name])
+
+
+def bank_of(model: nn.Module, name: str) -> Bank | None:
+    """The shared tensors of the named adapter on a model, or None."""
+    banks = model._modules.get(BANKS)
+    bank = None if banks is None else banks._modules.get(name)
+    return bank if isinstance(bank, Bank) else None
 
 
 def trained_tensors(handle: Handle) -> dict[str, Tensor]:

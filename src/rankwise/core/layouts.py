@@ -62,6 +62,10 @@ class Layout(ABC):
     def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         """Adds bias (m,) to y."""
 
+    def finish(self, y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output of a layer whose inputs are token numbers, in the layer's dtype."""
+        return y.to(dtype)
+
     @abstractmethod
     def input_rows(self, x: Tensor) -> Tensor:
         """The inputs as rows (tokens, n), the n that the matrix meets."""
@@ -206,6 +210,11 @@ class EmbeddingLayout(Layout):
 
     def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         return y + bias
+
+    def finish(self, y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.padding_idx is not None:  # the padding token is looked up but, as in nn.Embedding, never trained
+            y = torch.where((x == self.padding_idx).unsqueeze(-1), y.detach(), y)
+        return y.to(dtype)
 
     def input_rows(self, x: Tensor) -> Tensor:
         raise StatisticsError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -50,7 +49,7 @@ class MaskStream:
         Raises:
             TrainingError: a recomputation asks for a forward that is no longer remembered.
         """
-        return _eagerly(self._mask, x, probability, site)
+        return cast(Any, _eagerly)(self._mask, x, probability, site)
 
     def _mask(self, x: Tensor, probability: float, site: str) -> Tensor:
         if self._shared is not None:
@@ -84,7 +83,7 @@ class MaskStream:
 
 
 @torch.compiler.disable
-def _eagerly(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+def _eagerly(function: Any, *arguments: object) -> Tensor:
     """Runs outside of a compiled graph: a private generator cannot be captured."""
     return function(*arguments)
 
