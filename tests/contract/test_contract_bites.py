@@ -51,7 +51,7 @@ def _with_update(name: str, operator: type[LowRank], **members: object) -> type[
 
 
 def _subject(method: type[Parameterization]) -> Subject:
-    if method.__name__ not in {piece for piece in _known}:
+    if method.__name__ not in _known:
         register("parameterization")(method)
         _known.add(method.__name__)
     recipe = Recipe(
@@ -189,7 +189,7 @@ def test_inexact_unmerge_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_adapter_left_out_of_a_copy_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bindings, "_rebuild", lambda original: original.__new__(original))
-    with pytest.raises(AssertionError, match="deepcopy|pickle"):
+    with pytest.raises(AssertionError, match=r"deepcopy|pickle"):
         checks.check_copies(_subject(_Plain), LINEAR)
 
 
