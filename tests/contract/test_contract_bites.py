@@ -155,7 +155,7 @@ def test_sound_method_passes(check: checks.Check) -> None:
 
 
 def test_unfrozen_base_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapt, "_freeze", lambda model, auxiliary: {})
+    monkeypatch.setattr(adapt, "freeze", lambda model, auxiliary: None)
     with pytest.raises(AssertionError, match="the base is frozen"):
         checks.check_base_untouched(_subject(_Plain), LINEAR)
 
