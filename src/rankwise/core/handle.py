@@ -76,7 +76,7 @@ class Handle:
     def update_of(self, site: str) -> Operator:
         """W' - W against the untouched base weight, as an operator (m, n)."""
         adapters = self.adapters(site)
-        return self.parameterization(site).total_update(adapters.frozen(self.targets[site].module))
+        return self.parameterization(site).total_update(adapters.untouched(self.targets[site].module))
 
     def low_rank_of(self, site: str) -> LowRank | None:
         """The exact factors of the update at one site, scale folded in; None where it is not of low rank."""
@@ -159,6 +159,8 @@ class Handle:
         return self._optimizer
 
     def _check_before_step(self) -> None:
+        for _, _, adapters in adapted_layers(self.model):
+            adapters.checkpointed.clear()
         needed = [part for part in (self.perturbation, self.schedule) if part is not None]
         if needed and not self._called_after_backward:
             raise TrainingError(
@@ -304,6 +306,8 @@ class Handle:
             if len(adapters) == 1:
                 merge.restore_site(target)
             detach(target, self.name)
+            if len(adapters) and adapters.stash is not None:  # others are merged or absorbed: write their parts alone
+                merge.rewrite(target)
         banks = self.model._modules.get(BANKS)
         if banks is not None and self.name in banks._modules:
             del banks._modules[self.name]
