@@ -56,7 +56,7 @@ def adapted(recipe, seed=0):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_start_on_linear_and_convolutions(name):
-    net, before, statistics, handle = adapted(recipe_of(name, **EVERY[name]))
+    net, before, _statistics, handle = adapted(recipe_of(name, **EVERY[name]))
     x = batches()[0][0]
     assert set(handle.targets) == {"first", "grouped", "hidden", "last"}
     if name in ("nystrom_nora", "eva"):
@@ -133,7 +133,7 @@ def test_pissa_on_half_precision_starts_from_the_stored_factors(mode):
     handle = rankwise.adapt_(net, rankwise.catalog.pissa(rank=4, mode=mode))
     B = handle.parameterization("0").B
     assert B.dtype is torch.float32
-    U, S, Vh = torch.linalg.svd(before[0].weight.float(), full_matrices=False)
+    _U, S, _Vh = torch.linalg.svd(before[0].weight.float(), full_matrices=False)
     torch.testing.assert_close(B.norm(dim=0), S[:4].sqrt())
     moved = (net[0].weight.float() + (B @ handle.parameterization("0").A if mode == "absorb" else 0)) - before[0].weight.float()
     assert moved.abs().max() <= before[0].weight.float().abs().max() * 2**-8  # one rounding to bfloat16
@@ -170,7 +170,7 @@ def test_a_dead_layer_falls_back_with_a_warning(name):
 def test_lora_sb_defaults_to_the_small_core():
     if "lora_xs" not in rankwise.catalog.names():
         pytest.skip("lora_xs is not in this catalog yet")
-    net, before, statistics, handle = adapted(make("lora_sb", learning_rate=0.01))
+    _net, _before, statistics, handle = adapted(make("lora_sb", learning_rate=0.01))
     for site in handle.targets:
         U, S, Vh = torch.linalg.svd(-0.01 * statistics[site].gradient.sign(), full_matrices=False)
         torch.testing.assert_close(handle.update_of(site).dense(), U[:, :3] * S[:3] @ Vh[:3])
@@ -211,7 +211,7 @@ def test_redistributed_ranks_keep_every_scale_and_train(tmp_path):
     moved = redistribute(recipe, statistics)
     assert sum(moved.ranks.values()) == 12
     assert len(set(moved.ranks.values())) > 1
-    assert 1 <= min(moved.ranks.values()) and max(moved.ranks.values()) <= 6
+    assert min(moved.ranks.values()) >= 1 and max(moved.ranks.values()) <= 6
     handle = rankwise.adapt_(net, moved, "all-layers", statistics)
     for site in handle.targets:
         entry = handle.parameterization(site)
@@ -234,5 +234,5 @@ def test_redistribution_refuses_to_drop_layers_unseen():
     assert redistribute(recipe, known).ranks == {"two": 1, "eight": 1}
     with pytest.raises(ArgumentError, match=r"1 of 2 layers got no rank \(eight\)"):
         redistribute(recipe, known, minimum=0)
-    with pytest.raises(ArgumentError, match="full has no argument|Full has no argument"):
+    with pytest.raises(ArgumentError, match="Full has no argument rank, alpha, scale"):
         redistribute(Recipe(name="x", parameterization=Piece("parameterization", "Full")), known)

@@ -1,9 +1,9 @@
 """The explained-variance budget of EVA: one total of ranks, given to the layers whose inputs need them.
 
-Layer l has importances ratio_{l,i} = λ_{l,i} / Σ_j λ_{l,j}, descending. Of all pairs (l, i) with i ≤ round(ρ r) the total = r · layers
-largest are taken, and r_l is how many of them layer l has. So Σ r_l is exactly the total, no layer gets more than round(ρ r), and
-ρ = 1 changes nothing. Ratios, not variances: otherwise layers with large inputs would take everything. Ties go to the lower
-component, then to the layer that comes first.
+Layer l has importances ratio_{l,i} = λ_{l,i} / Σ_j λ_{l,j}, descending. Of all pairs (l, i) with i ≤ round(ρ r) the total = r
+· layers largest are taken, and r_l is how many of them layer l has. So Σ r_l is exactly the total, no layer gets more than
+round(ρ r), and ρ = 1 changes nothing. Ratios, not variances: otherwise layers with large inputs would take everything. Ties
+go to the lower component, then to the layer that comes first.
 
 `redistribute` turns the ranks into a recipe. The scale s = α / r of every layer stays what it was: α_l = α r_l / r.
 
@@ -52,8 +52,8 @@ class ExplainedVariance:
         low = {site: min(self.minimum, room[site]) for site in spectra}
         if not sum(low.values()) <= total <= sum(room.values()):
             raise ArgumentError(
-                f"{len(spectra)} layers can hold {sum(low.values())} to {sum(room.values())} ranks (minimum={self.minimum}, at most "
-                f"{most} each with rho={self.rho:g}), not {total}; raise rho, or lower the rank"
+                f"{len(spectra)} layers can hold {sum(low.values())} to {sum(room.values())} ranks (minimum={self.minimum}, "
+                f"at most {most} each with rho={self.rho:g}), not {total}; raise rho, or lower the rank"
             )
         ranks = dict(low)
         rest = [
@@ -93,8 +93,8 @@ def redistribute(
     missing = [name for name in ("rank", "alpha", "scale") if name not in defaults]
     if missing:
         raise ArgumentError(
-            f"{recipe.parameterization.name} has no argument {shorten(missing)}, so its ranks cannot be moved between layers at a "
-            "constant scale; use lora, rslora or dora"
+            f"{recipe.parameterization.name} has no argument {shorten(missing)}, so its ranks cannot be moved between layers "
+            "at a constant scale; use lora, rslora or dora"
         )
     rank = int(arguments.get("rank", defaults["rank"]))
     spectra = {}
@@ -106,8 +106,8 @@ def redistribute(
     empty = [site for site, count in ranks.items() if not count]
     if empty:
         raise ArgumentError(
-            f"{len(empty)} of {len(ranks)} layers got no rank ({shorten(empty)}); leave them out with where= in collect and adapt_, "
-            "or pass minimum=1"
+            f"{len(empty)} of {len(ranks)} layers got no rank ({shorten(empty)}); leave them out with where= in collect and "
+            "adapt_, or pass minimum=1"
         )
     alpha, policy = arguments.get("alpha", defaults["alpha"]), str(arguments.get("scale", defaults["scale"]))
     numerator = float(rank if alpha is None else alpha)

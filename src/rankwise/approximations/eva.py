@@ -2,8 +2,8 @@
 
     Σ (x − x̄)(x − x̄)ᵀ = V diag(λ) Vᵀ (n, n)          A₀ = V_rᵀ (r, n)          B₀ = 0
 
-over the tokens of the task's data, padding left out. The update is zero, so the first forward equals the base to the bit. Of all
-rank-r projections A₀ᵀA₀ loses the least variance of the inputs: Σ_{i>r} λ_i. `whiten` divides row i by the square root of
+over the tokens of the task's data, padding left out. The update is zero, so the first forward equals the base to the bit. Of
+all rank-r projections A₀ᵀA₀ loses the least variance of the inputs: Σ_{i>r} λ_i. `whiten` divides row i by the square root of
 the i-th singular value of the inputs, λ_i^¼. How many ranks each layer gets out of one total is a `Budget` (`budget.py`), for
 which the explained-variance ratios λ_i / Σ λ are the importances.
 
@@ -11,13 +11,11 @@ which the explained-variance ratios λ_i / Σ λ are the importances.
 all batches are summed exactly and decomposed once, so order and size of batches do not matter. `center=False` gives the
 uncentered form of the paper's text; the release centers.
 
-Paischer, Hauzenberger, Schmied, Alkin, Deisenroth, Hochreiter: Parameter Efficient Fine-tuning via Explained Variance Adaptation,
-2024, arXiv:2410.07170.
+Paischer, Hauzenberger, Schmied, Alkin, Deisenroth, Hochreiter: Parameter Efficient Fine-tuning via Explained Variance
+Adaptation, 2024, arXiv:2410.07170.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,10 +50,10 @@ class EVA:
         center: about the mean; False takes the uncentered second moment.
     """
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.INPUT_GRAM})
-    kind: ClassVar[str] = INPUT
-    shifted: ClassVar[bool] = False
-    mode: ClassVar[str] = "offset"
+    needs: frozenset[Statistic] = frozenset({Statistic.INPUT_GRAM})
+    kind: str = INPUT
+    shifted: bool = False
+    mode: str = "offset"
 
     def __init__(self, *, whiten: bool = False, center: bool = True) -> None:
         self.whiten, self.center = whiten, center

@@ -14,14 +14,13 @@ of G start with a zero column and row and stay there: probe with at least r toke
 *Differs*: the paper's box multiplies by γ, the released code divides; this follows the code, whose γ = 128 is the published
 setting. `normalize_by_sigma1=False` leaves S₁ out. Matrices smaller than twice the sketch are decomposed exactly.
 
-Zhang, Liu, Chen: LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models, Provably and Efficiently,
-2025, arXiv:2502.01235.
+Zhang, Liu, Chen: LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models, Provably and
+Efficiently, 2025, arXiv:2502.01235.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar
 
 import torch
 
@@ -44,10 +43,10 @@ class LoRAOne:
         iterations: its subspace iterations; None decomposes exactly.
     """
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRADIENT})
-    kind: ClassVar[str] = PRODUCT
-    shifted: ClassVar[bool] = True
-    mode: ClassVar[str] = "offset"
+    needs: frozenset[Statistic] = frozenset({Statistic.GRADIENT})
+    kind: str = PRODUCT
+    shifted: bool = True
+    mode: str = "offset"
 
     def __init__(
         self, *, gamma: float = 128.0, normalize_by_sigma1: bool = True, probes: int = 512, iterations: int | None = 16
@@ -61,8 +60,8 @@ class LoRAOne:
         G = statistics.require_gradient()  # (m, n)
         if not G.any():
             warnings.warn(
-                f"{statistics.site}: the probe gradient is zero, so LoRA-One starts this layer as plain LoRA (B = 0, A random); "
-                "probe with batches that reach it, or leave it out of where=",
+                f"{statistics.site}: the probe gradient is zero, so LoRA-One starts this layer as plain LoRA (B = 0, A "
+                "random); probe with batches that reach it, or leave it out of where=",
                 stacklevel=2,
             )
             return plain_start(G, rank, generator)

@@ -10,8 +10,9 @@ learning rate divided by the number of warm-up steps; with η₀ near 1 the star
 
 A layer without gradient gets LoRA's own start, and a warning names it.
 
-*Differs*: factors are kept in float32, where the release casts to bfloat16 and loses orthonormality at 1e-2. `sign=False` takes the
-gradient itself (the first step of SGD), `compensate=True` subtracts the start from the base; both are variants seen elsewhere.
+*Differs*: factors are kept in float32, where the release casts to bfloat16 and loses orthonormality at 1e-2. `sign=False`
+takes the gradient itself (the first step of SGD), `compensate=True` subtracts the start from the base; both are variants seen
+elsewhere.
 
 Ponkshe, Singhal, Gorbunov, Tumanov, Horvath, Vepakomma: Initialization using Update Approximation is a Silver Bullet for
 Extremely Efficient Low-Rank Fine-Tuning, 2024, arXiv:2411.19557.
@@ -20,7 +21,6 @@ Extremely Efficient Low-Rank Fine-Tuning, 2024, arXiv:2411.19557.
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar
 
 import torch
 
@@ -44,9 +44,9 @@ class LoRASB:
         iterations: subspace iterations of the randomized decomposition; None decomposes exactly.
     """
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRADIENT})
-    kind: ClassVar[str] = PRODUCT
-    mode: ClassVar[str] = "offset"
+    needs: frozenset[Statistic] = frozenset({Statistic.GRADIENT})
+    kind: str = PRODUCT
+    mode: str = "offset"
 
     def __init__(
         self,

@@ -6,8 +6,8 @@ The update is zero, so the first forward equals the base to the bit and W is unt
 and lean towards its strong directions: E[A₀ᵀA₀] = (σ/s)² r WᵀW. One product O(r m n), no decomposition. In matrix factorization
 the same sketch makes ScaledGD converge in one step or quadratically (see the problem `matrix_nystrom_scaledgd`).
 
-NoRA+, the normalized preconditioner of the same paper, is a step and not a part of this start. Other papers use the name NoRA for
-nested or normalized adapters.
+NoRA+, the normalized preconditioner of the same paper, is a step and not a part of this start. Other papers use the name NoRA
+for nested or normalized adapters.
 
 *Differs*: the released code, as read, draws the sketch before the pretrained weight is in place; this follows the formula.
 
@@ -15,8 +15,6 @@ Li, Zhang, Mokhtari, He: On the Crucial Role of Initialization for Matrix Factor
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 
@@ -35,10 +33,10 @@ class NystromNoRA:
         sigma: σ, the size of the sketch.
     """
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.WEIGHT})
-    kind: ClassVar[str] = INPUT
-    shifted: ClassVar[bool] = False
-    mode: ClassVar[str] = "offset"
+    needs: frozenset[Statistic] = frozenset({Statistic.WEIGHT})
+    kind: str = INPUT
+    shifted: bool = False
+    mode: str = "offset"
 
     def __init__(self, *, sigma: float = 0.02) -> None:
         if sigma <= 0:

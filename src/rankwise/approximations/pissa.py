@@ -2,23 +2,22 @@
 
     W = U S Vᵀ          B₀ = U_r (S_r/s)^½ (m, r)          A₀ = (S_r/s)^½ V_rᵀ (r, n)          W_res = W − s·B₀ A₀
 
-The first forward equals the base: the layer is W_res + s·B A and s·B₀ A₀ is the best rank-r part of W. B and A both train from
-the start; the first gradient step moves W by −η s (G V_r S_r V_rᵀ + U_r S_r U_rᵀ G). With mode "absorb" W is rewritten to W_res
-(rank r at run time, and detaching restores W to the bit); with "offset" W stays and −s·B₀ A₀ runs beside it (another adapter
-can share the base). The residual is taken from the factors as they are stored, so that rounding them cannot move the start.
-Either way the update against W is exported exactly at rank 2r. Needs only the weight, at least in float32. `iterations` asks for
-the randomized decomposition (4 or 16 in the release). As a compressor (s = 1) it is the plain truncated SVD.
+The first forward equals the base: the layer is W_res + s·B A and s·B₀ A₀ is the best rank-r part of W. B and A both train
+from the start; the first gradient step moves W by −η s (G V_r S_r V_rᵀ + U_r S_r U_rᵀ G). With mode "absorb" W is rewritten
+to W_res (rank r at run time, and detaching restores W to the bit); with "offset" W stays and −s·B₀ A₀ runs beside it (another
+adapter can share the base). The residual is taken from the factors as they are stored, so that rounding them cannot move the
+start. Either way the update against W is exported exactly at rank 2r. Needs only the weight, at least in float32.
+`iterations` asks for the randomized decomposition (4 or 16 in the release). As a compressor (s = 1) it is the plain truncated
+SVD.
 
-Not a change of what can be expressed: at equal rank the reachable set is that of LoRA shifted by −s·B₀ A₀. Dropout on the branch
-would drop pretrained content, and weight decay on B and A decays it.
+Not a change of what can be expressed: at equal rank the reachable set is that of LoRA shifted by −s·B₀ A₀. Dropout on the
+branch would drop pretrained content, and weight decay on B and A decays it.
 
 Meng, Wang, Zhang: PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models, 2024,
 arXiv:2404.02948.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 
@@ -41,9 +40,9 @@ class PiSSA:
         iterations: subspace iterations of the randomized decomposition; None decomposes exactly.
     """
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.WEIGHT})
-    kind: ClassVar[str] = PRODUCT
-    shifted: ClassVar[bool] = False
+    needs: frozenset[Statistic] = frozenset({Statistic.WEIGHT})
+    kind: str = PRODUCT
+    shifted: bool = False
 
     def __init__(self, *, mode: str = "offset", iterations: int | None = None) -> None:
         if mode not in MODES:

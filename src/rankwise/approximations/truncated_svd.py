@@ -1,4 +1,4 @@
-"""The leading singular triplets of a matrix, exactly or by randomized subspace iteration, with signs that do not depend on the machine.
+"""The leading singular triplets of a matrix, exactly or by randomized subspace iteration, with fixed signs.
 
     M ≈ U diag(S) Vh          M (m, n), U (m, r), S (r,) descending, Vh (r, n)
 
@@ -86,7 +86,7 @@ def column_signs(vectors: Tensor) -> Tensor:
 
 
 def plain_start(like: Tensor, rank: int, generator: torch.Generator) -> LowRank:
-    """LoRA's own start for an (m, n) matrix, B = 0 and A uniform in ±1/√n: what a start falls back to where it has nothing to read."""
+    """LoRA's own start for an (m, n) matrix, B = 0 and A uniform in ±1/√n: for a layer that has nothing to read."""
     m, n = like.shape
     bound = n**-0.5
     A = (torch.rand(rank, n, generator=generator, dtype=torch.float64) * 2 - 1) * bound  # (r, n)

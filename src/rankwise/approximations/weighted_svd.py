@@ -70,7 +70,7 @@ def weighted_truncation(D: Tensor, F: Tensor | None, rank: int, *, gram: bool = 
         raise StatisticsError(f"a matrix of {m}×{n} or its weights hold NaN or infinity; look at the model and the probe data")
     U, S, _ = torch.linalg.svd(product, full_matrices=False)  # (m, q), (q,)
     threshold = S.max() * torch.finfo(S.dtype).eps * max(product.shape)
-    alive = min(int((S > threshold).sum()), rank)
+    alive = min(int((threshold < S).sum()), rank)
     B, values = U[:, :alive], S[:alive]  # (m, q), (q,)
     if alive < rank:
         B, values = _completed(D, B, values, rank)
