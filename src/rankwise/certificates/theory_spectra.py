@@ -34,7 +34,7 @@ Matrix = Operator | Tensor
 
 
 def spectrum(matrix: Matrix) -> Tensor:
-    """Singular values (k,), descending, float32 or wider; by the small core where there are factors. k = min(m, n) or the rank."""
+    """Singular values (k,), descending, float32 or wider; by the small core where there are factors."""
     operator = Dense(matrix.reshape(matrix.shape[0], -1)) if isinstance(matrix, Tensor) else matrix
     with torch.no_grad():
         return svd(operator).S
@@ -75,8 +75,8 @@ def ranks(spectrum: Tensor, *, tolerance: float | None = None, energy: float = 0
 def delta_rank(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, energy: float = 0.9) -> dict[str, dict[str, float]]:
     """Rank measures of tuned - base, layer by layer, for every tensor of two or more dimensions (state dicts will do).
 
-    `noise_share` is the norm that rounding both checkpoints to their dtype alone leaves, over the norm of the difference: near 1,
-    a high rank is that of rounding noise.
+    `noise_share` is the norm that rounding both to their dtype leaves, over the norm of the difference: near 1, a high rank is
+    that of rounding noise.
 
     Raises:
         ArgumentError: the two do not have the same matrices.
@@ -99,7 +99,7 @@ def delta_rank(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], *, energ
 
 
 def overlap(U: Tensor, V: Tensor) -> float:
-    """‖Uᵀ V‖²_F / min(i, j) in [0, 1] for the spans of U (d, i) and V (d, j): 1 contained, 0 orthogonal, max(i, j) / d at random."""
+    """‖Uᵀ V‖²_F / min(i, j) in [0, 1] for the spans of U (d, i), V (d, j): 1 contained, 0 orthogonal, max(i, j)/d at random."""
     if U.shape[0] != V.shape[0]:
         raise ArgumentError(f"subspaces of different spaces: {tuple(U.shape)} and {tuple(V.shape)}")
     left, right = torch.linalg.qr(U)[0], torch.linalg.qr(V)[0]

@@ -1,4 +1,4 @@
-"""Several updates into one: operators of one site (`cat`, `svd`, `linear`, `task_arithmetic`), whole adapters, and back onto a model."""
+"""Several updates into one: updates of one site, whole adapters, and the result back onto a model."""
 
 from rankwise.merging.adapters import MergeResult, as_adapter, merge_adapters
 from rankwise.merging.exact import cat, svd

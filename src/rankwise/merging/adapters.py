@@ -46,8 +46,8 @@ class MergeResult:
     Attributes:
         method: its name.
         operators: site -> merged update.
-        errors: site -> ‖merged - Σ w_i D_i‖_F / ‖Σ w_i D_i‖_F, exact. For a method that does not aim at the sum (IterIS) this is
-            how far it went from it.
+        errors: site -> ‖merged - Σ w_i D_i‖_F / ‖Σ w_i D_i‖_F, exact. For a method that does not aim at the sum (IterIS) it
+            tells how far it went from it.
         norms: site -> ‖Σ w_i D_i‖_F.
         present: site -> how many of the adapters have the site; in the others its update is zero.
         weights: one per adapter.
@@ -82,16 +82,16 @@ class MergeResult:
     def __str__(self) -> str:
         width = max((len(site) for site in self.operators), default=4)
         lines = [
-            f"{self.method} of {len(self.weights)} adapters, weights {', '.join(f'{w:g}' for w in self.weights)}: relative error "
-            f"{self.error:.3g} against the exact sum"
+            f"{self.method} of {len(self.weights)} adapters, weights {', '.join(f'{w:g}' for w in self.weights)}: "
+            f"relative error {self.error:.3g} against the exact sum"
         ]
         lines += [f"  {key}: {value}" for key, value in self.facts.items()]
         lines.append(f"  {'site':<{width}}  rank  in adapters  norm of sum  relative error")
         for site in self.operators:
             rank = self.rank(site)
             lines.append(
-                f"  {site:<{width}}  {'full' if rank is None else rank:>4}  {self.present[site]:>11}  {self.norms[site]:>11.4g}  "
-                f"{self.errors[site]:>14.3g}"
+                f"  {site:<{width}}  {'full' if rank is None else rank:>4}  {self.present[site]:>11}  "
+                f"{self.norms[site]:>11.4g}  {self.errors[site]:>14.3g}"
             )
         return "\n".join(lines)
 
@@ -133,9 +133,9 @@ def merge_adapters(
     """Merges adapters site by site.
 
     Args:
-        adapters: one mapping site -> update each, such as `handle.updates()`. A site that some adapters lack is merged with zero
-            updates for those, and the table says so.
-        method: a name of `METHODS`, or a merger of one site (see this module); bind its hyperparameters with `functools.partial`.
+        adapters: one mapping site -> update each, such as `handle.updates()`. A site that some adapters lack is merged with
+            zero updates for those, and the table says so.
+        method: a name of `METHODS`, or a merger of one site (see this module), hyperparameters bound with `functools.partial`.
         weights: one per adapter; None means 1 for each.
         rank: of the merged update, for mergers that take one.
         statistics: per adapter, what `collect` gave for it, for mergers that read data.
@@ -204,8 +204,8 @@ def as_adapter(model: nn.Module, result: MergeResult | Adapter, name: str = "mer
     missing = [site for site in operators if site not in modules]
     if missing or not operators:
         raise MergeError(
-            f"{len(missing)} of the {len(operators)} merged sites are not layers of this model ({shorten(missing) or 'no sites'}); "
-            "put the result onto the base that the adapters were trained on"
+            f"{len(missing)} of the {len(operators)} merged sites are not layers of this model "
+            f"({shorten(missing) or 'no sites'}); put the result onto the base that the adapters were trained on"
         )
     pairs: dict[str, LowRank] = {}
     for position, (site, operator) in enumerate(operators.items()):

@@ -25,7 +25,7 @@ import torch
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.queries import as_low_rank
-from rankwise.merging.operands import best, checked_weights, stacked, wide, weighted_sum
+from rankwise.merging.operands import best, checked_weights, stacked, weighted_sum, wide
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Inputs of layers while a model runs with given updates, without writing anything into it: what mergers that read data need."""
+"""Inputs of layers while a model runs with given updates, nothing written into it: what mergers that read data need."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def moments(
 ) -> dict[str, MomentCollector]:
     """Streams Σ x̃ x̃ᵀ (`gram`) and Σ x̃ xᵀ (`cross`) of every site: x under `source`, x̃ under `merged` (None: x̃ = x).
 
-    Each batch is replayed through both, so that nothing but the (n, n) sums is kept. Sites with the same inputs share a collector.
+    Each batch is replayed through both, so that only the (n, n) sums are kept. Sites with the same inputs share a collector.
 
     Args:
         model: the base, any adapters on it are switched off for the while.

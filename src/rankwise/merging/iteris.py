@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.core.errors import ArgumentError, MergeError
+from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.queries import as_low_rank
-from rankwise.core.statistics import MomentCollector
 from rankwise.merging.adapters import Adapter, MergeResult, aligned, result_of
 from rankwise.merging.exact import svd
 from rankwise.merging.features import moments, replayable, sites_of
 from rankwise.merging.operands import as_double, checked_weights
+from rankwise.merging.regression import balance, regularized, solution, solve
 
 Side = dict[str, list[Tensor]]  # site -> right sides: one (r_i, n) per adapter, or one (m, n) where an update is dense
 
@@ -74,7 +74,7 @@ def iteris(
         MergeError: M is singular, a site is missing, or a weight of the model is not the untouched one.
     """
     table = aligned(adapters)
-    balance = checked_weights(next(iter(table.values())), weights)
+    user = checked_weights(next(iter(table.values())), weights)
     if weight not in ("full", "delta", "none") or max_iterations < 1 or alpha < 0 or not 0 <= blend <= 1:
         raise ArgumentError(
             f"weight is full, delta or none, max_iterations >= 1, alpha >= 0 and blend in [0, 1]; got {weight!r}, "
@@ -96,67 +96,19 @@ def iteris(
             for site, D in source.items():
                 if merged is None:
                     base = targets[site].matrix().detach().to("cpu", torch.float64) if weight == "full" else None
-                    factors[f"{site}/{task}"] = balance[task] * _balance(D, base, seen[site].gram, weight)
-                C, DG = _regularized(D, seen[site], alpha)
+                    factors[f"{site}/{task}"] = user[task] * balance(D, base, seen[site].gram, weight)
+                C, DG = regularized(D, seen[site], alpha)
                 scale = factors[f"{site}/{task}"]
                 left[site] = left[site] + scale * C if task else scale * C  # (n, n)
                 new[site].append(scale * DG)
-        solved = {site: _solve(site, left[site], new[site], updates[site]) for site in table}
+        solved = {site: solve(site, left[site], new[site], updates[site]) for site in table}
         changes.append(_change(right, solved))
-        right, merged = solved, {site: _operator(updates[site], solved[site]) for site in table}
+        right, merged = solved, {site: solution(updates[site], solved[site]) for site in table}
         if changes[-1] == 0.0:
             break
     operators = {site: _finish(merged, site, table[site], rank) for site in table}  # type: ignore[arg-type]
     facts = {"iterations": len(changes), "relative change per solve": [float(f"{change:.3g}") for change in changes]}
-    return result_of("iteris", adapters, operators, balance, facts)
-
-
-def _balance(D: Operator, base: Tensor | None, gram: Tensor, weight: str) -> float:
-    """‖F‖²_F / ‖F X‖²_F. For F = 0 (an adapter without this site) its mean over all F of one size, n / ‖X‖²_F."""
-    if weight == "none":
-        return 1.0
-    F = D.dense() if base is None else base + D.dense()  # (m, n)
-    size, seen = float(F.square().sum()), float(((F @ gram) * F).sum())
-    if size == 0.0:
-        size, seen = float(gram.shape[0]), float(gram.trace())
-    if seen <= 0.0:
-        raise MergeError("a task's inputs of some layer are all zero where its weight acts; give it other samples")
-    return size / seen
-
-
-def _regularized(D: Operator, seen: MomentCollector, alpha: float) -> tuple[Tensor, Tensor]:
-    """C_i (n, n), and A_i G_i (r_i, n) or, for a dense update, D_i G_i (m, n)."""
-    C, G = seen.gram, seen.cross.t()  # type: ignore[union-attr]
-    eye = torch.eye(C.shape[0], dtype=C.dtype)
-    G = G + (alpha * G.norm()) * eye
-    left = D.A if isinstance(D, LowRank) else D.dense()
-    return C + (alpha * C.norm()) * eye, left.to(G.device) @ G
-
-
-def _solve(site: str, M: Tensor, parts: list[Tensor], updates: list[Operator]) -> list[Tensor]:
-    """The right sides times M⁻¹; M (n, n) is symmetric, positive definite where there is enough data."""
-    L, failed = torch.linalg.cholesky_ex((M + M.t()) / 2)
-    pivots = L.diagonal().square()
-    if int(failed) or not float(pivots.min()) > M.shape[0] * torch.finfo(M.dtype).eps * float(pivots.max()):
-        raise MergeError(
-            f"{site}: the {M.shape[0]} × {M.shape[0]} Gram matrix of its inputs is singular; give more samples (more tokens than "
-            "inputs), or a larger alpha"
-        )
-    if not all(isinstance(update, LowRank) for update in updates):
-        parts = [torch.stack([_dense(D, part) for D, part in zip(updates, parts, strict=True)]).sum(0)]
-    return [torch.cholesky_solve(part.t(), L).t() for part in parts]
-
-
-def _dense(D: Operator, part: Tensor) -> Tensor:
-    return D.B @ part if isinstance(D, LowRank) else part
-
-
-def _operator(updates: list[Operator], solved: list[Tensor]) -> Operator:
-    """D* from the solved right sides: exact factors, or a dense matrix."""
-    pairs = [update for update in updates if isinstance(update, LowRank)]
-    if len(pairs) < len(updates):
-        return Dense(solved[0])
-    return LowRank(torch.cat([pair.B for pair in pairs], dim=1), torch.cat(solved, dim=0))
+    return result_of("iteris", adapters, operators, user, facts)
 
 
 def _change(old: Side, new: Side) -> float:

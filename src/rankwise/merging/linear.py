@@ -84,7 +84,7 @@ def _factor_space(updates: Sequence[Operator], weights: Sequence[float], rank: i
     if len(ranks) > 1 or (rank is not None and {rank} != ranks):
         raise MergeError(
             f"compat='peft' adds the factors, so all ranks must agree with each other and with rank=; found ranks "
-            f"{[pair.rank for pair in pairs]} and rank={rank}. Leave compat away: the combination of the updates takes any ranks"
+            f"{[pair.rank for pair in pairs]} and rank={rank}. Leave compat away: any ranks will do then"
         )
     B, A = torch.zeros_like(wide(pairs[0].B)), torch.zeros_like(wide(pairs[0].A))  # (m, r), (r, n)
     for pair in pairs:

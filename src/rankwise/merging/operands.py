@@ -59,10 +59,12 @@ def factors_of(updates: Sequence[Operator]) -> list[LowRank]:
 def refuse_dense(update: Operator, position: int) -> NoReturn:
     """Says that an update has no factors, with its numerical rank, and the way out."""
     S = decompose(update).S  # (min(m, n),)
-    rank = int((S > S[0] * max(update.shape) * torch.finfo(S.dtype).eps).sum()) if S.numel() else 0
+    smallest = max(update.shape) * torch.finfo(S.dtype).eps * float(S.max())
+    rank = int((smallest < S).sum())
     raise MergeError(
-        f"update number {position} ({type(update).__name__} {update.shape}) has no exact low-rank factors; its numerical rank is "
-        f"{rank}. Use svd with rank=, which takes dense updates and reports its error, or task_arithmetic, which keeps them dense"
+        f"update number {position} ({type(update).__name__} {update.shape}) has no exact low-rank factors; its numerical "
+        f"rank is {rank}. Use svd with rank=, which takes dense updates and reports its error, or task_arithmetic, which keeps "
+        "them dense"
     )
 
 

@@ -2,8 +2,7 @@
 
     loop        adapter by adapter through `LowRank.apply` on the rows that use it: the reference, for every layout
     gathered    A[g] (k, R, n) and B[g] (k, m, R) gathered, two batched products: few launches, memory k R (m + n)
-    segmented   rows sorted by adapter, one pair of products per run of equal adapters: no gathering, and a product as long as the
-                run; for every layout
+    segmented   one pair of products per adapter over all of its rows: no gathering; for every layout
 
 A and B are the stacks (slots, R, n) and (slots, m, R), zero beyond an adapter's true rank, the scale folded into B. All three
 are differentiable in the stacks and in x; where no gradient is wanted, the sum is written into y.
@@ -89,8 +88,8 @@ def pick(plan: BatchPlan, x: Tensor, A: Tensor, B: Tensor, layout: Layout) -> st
 
     Gathering copies k R (m + n) numbers and starts two products in all; segments start two products per adapter, which cost as
     much as copying `_LAUNCH` numbers, and read and write scattered rows once more. On one CPU core, over 162 combinations of
-    n = m in {512, 2048}, R in {8, 16, 64}, 1 to 32 rows of 1 to 32 tokens, and rows that are distinct, scattered or in runs, the
-    rule's choice takes 1.02 of the better way's time on average (1.43 at worst); always segments 1.19, always gathering 3.0.
+    n = m in {512, 2048}, R in {8, 16, 64}, 1 to 32 rows of 1 to 32 tokens, and rows that are distinct, scattered or in runs,
+    the rule's choice takes 1.02 of the better way's time on average, 1.43 at worst; always segments 1.19, always gathering 3.0.
     """
     if not isinstance(layout, LinearLayout):
         return "segmented"

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.core.errors import ActivationError, ArgumentError, did_you_mean, shorten
 from rankwise.core.operators import LowRank, Operator
@@ -75,6 +75,8 @@ class AdapterBank(nn.Module):
         self._ranks: dict[str, dict[str, int]] = {}  # name -> site -> true rank
         self._evicted: set[str] = set()
         self._rows: BatchPlan | int | None = None  # a plan, or one slot for all rows
+        self._whole: BatchPlan | None = None  # the plan of the latter, for the last size of batch
+        self._used: set[int] = set()  # slots that ever held an adapter; the others are zero
 
     # -- what is in it -------------------------------------------------------------------------------------------------
 
@@ -107,15 +109,20 @@ class AdapterBank(nn.Module):
             if site not in self.sites:
                 self._add_site(site, pair)
         slot = self._free_slot(name)
-        for site, place in self.sites.items():
-            A, B = self.A[place][slot], self.B[place][slot]  # (R, n), (m, R)
-            pair = pairs.get(site)
-            rank = 0 if pair is None else pair.rank
-            A[rank:].zero_()
-            B[:, rank:].zero_()
-            if pair is not None:
-                A[:rank].copy_(pair.A)
-                torch.mul(pair.B.to(B), pair.scale, out=B[:, :rank]) if pair.scale != 1.0 else B[:, :rank].copy_(pair.B)
+        stacks_A, stacks_B = list(self.A), list(self.B)
+        for site, place in self.sites.items() if slot in self._used else ():
+            rank = pairs[site].rank if site in pairs else 0
+            stacks_A[place][slot, rank:].zero_()
+            stacks_B[place][slot, :, rank:].zero_()
+        for site, pair in pairs.items():
+            place = self.sites[site]
+            stacks_A[place][slot, : pair.rank].copy_(pair.A)
+            room = stacks_B[place][slot, :, : pair.rank]  # (m, r)
+            if pair.scale == 1.0 or pair.B.dtype != room.dtype or pair.B.device != room.device:
+                room.copy_(pair.B * pair.scale)
+            else:
+                torch.mul(pair.B, pair.scale, out=room)
+        self._used.add(slot)
         self.names[name] = slot
         self._ranks[name] = {site: pair.rank for site, pair in pairs.items()}
         self.fingerprints[name] = dict(fingerprint or {})
@@ -205,8 +212,6 @@ class AdapterBank(nn.Module):
             )
         return self._rows
 
-    _whole: BatchPlan | None = None
-
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _slot(self, name: str) -> int:
@@ -239,13 +244,13 @@ class AdapterBank(nn.Module):
         pair = as_low_rank(update)
         if pair is None:
             raise ActivationError(
-                f"{name!r} has no exact low-rank factors at {site} ({type(update).__name__}); serve it with activate_ on its own, or "
-                "register the best substitute, rankwise.merging.svd([update], rank=…)"
+                f"{name!r} has no exact low-rank factors at {site} ({type(update).__name__}); serve it with "
+                "activate_ on its own, or register the best substitute, rankwise.merging.svd([update], rank=…)"
             )
         if pair.rank > self.max_rank:
             raise ActivationError(
-                f"{name!r} has rank {pair.rank} at {site}, the bank takes up to max_rank={self.max_rank}; make it with a larger "
-                "max_rank, or cut the update with rankwise.merging.svd([update], rank=…)"
+                f"{name!r} has rank {pair.rank} at {site}, the bank takes up to max_rank={self.max_rank}; make it with a "
+                "larger max_rank, or cut the update with rankwise.merging.svd([update], rank=…)"
             )
         if site in self.sites:
             place = self.sites[site]
@@ -265,4 +270,5 @@ class AdapterBank(nn.Module):
 
     def extra_repr(self) -> str:
         """Slots in use, and sites."""
-        return f"{len(self.names)} of {self.slots} slots, max_rank={self.max_rank}, {len(self.sites)} sites, backend={self.backend}"
+        used = f"{len(self.names)} of {self.slots} slots"
+        return f"{used}, max_rank={self.max_rank}, {len(self.sites)} sites, backend={self.backend}"

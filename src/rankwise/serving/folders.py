@@ -1,4 +1,4 @@
-"""Reading adapters from folders as plain factors, without building any module: what makes a hundred of them load in a second."""
+"""Reading adapters from folders as plain factors, no module built: what makes a hundred of them load in a second."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StoredAdapter(NamedTuple):
 
 
 def read_adapter(directory: str | Path) -> StoredAdapter:
-    """Reads an adapter of the LoRA family (any scale policy, frozen A, offset starts, resized ranks) from what `handle.save` wrote.
+    """Reads an adapter of the LoRA family (any scale policy, frozen A, starts, cut ranks) from what `handle.save` wrote.
 
     Raises:
         CheckpointError: damaged files, or an adapter of another parameterization.
@@ -45,7 +45,7 @@ def read_adapter(directory: str | Path) -> StoredAdapter:
         )
     if description.get("auxiliary"):
         raise CheckpointError(
-            f"{folder} trains {', '.join(description['auxiliary'])} whole, which a bank cannot hold per row; load it with rankwise.load_"
+            f"{folder} trains {', '.join(description['auxiliary'])} whole, which a bank cannot hold per row; use rankwise.load_"
         )
     policies: dict[int | None, float] = {}
     updates: dict[str, LowRank] = {}

@@ -37,8 +37,8 @@ class Server:
         missing = [site for site in bank.sites if site not in modules]
         if missing:
             raise ActivationError(
-                f"{len(missing)} of the bank's {len(bank.sites)} sites are not in this model ({shorten(missing)}); its adapters "
-                "belong to another base"
+                f"{len(missing)} of the bank's {len(bank.sites)} sites are not in this model ({shorten(missing)}); its "
+                "adapters belong to another base"
             )
         self.targets = find_targets(model, lambda name, _: name in bank.sites)[0]
         _check_layers(bank, model, self.targets)
@@ -75,9 +75,7 @@ def _check_layers(bank: AdapterBank, model: nn.Module, targets: dict[str, Target
                 f"{site} is {target.m}×{target.n} in this model, the bank's adapters there are {shape[0]}×{shape[1]}"
             )
         if reader_of(model, site) is not None:
-            raise ActivationError(
-                f"{site}: {reader_of(model, site)} reads this weight without calling the layer, so rows cannot differ"
-            )
+            raise ActivationError(f"{site}: {reader_of(model, site)} reads this weight without a call, so rows cannot differ")
         if bank.backend == "gathered" and not isinstance(target.layout, LinearLayout):
             raise ArgumentError(
                 f"{site} is a {target.layout.kind} layer, which backend='gathered' cannot do; use 'auto' or 'segmented'"
@@ -85,8 +83,8 @@ def _check_layers(bank: AdapterBank, model: nn.Module, targets: dict[str, Target
     busy = [name for name, _, adapters in adapted_layers(model) if name in targets and (adapters.active or adapters.merged)]
     if busy:
         raise ActivationError(
-            f"another adapter acts on {shorten(busy)}; call rankwise.activate_(model, None) (and unmerge_) so that the bank works on "
-            "the frozen base"
+            f"another adapter acts on {shorten(busy)}; call rankwise.activate_(model, None) (and unmerge_) so that the bank "
+            "works on the frozen base"
         )
 
 
