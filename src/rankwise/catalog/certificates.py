@@ -35,7 +35,7 @@ theory_asym_bound = entry(
         "2506.14530",
     ),
     cost="one forward for ‖A x_i‖",
-    when="To weigh rank against samples with A frozen, calibrated on your own measured gaps; not as a guarantee for a deep net.",
+    when="To weigh rank against samples with A frozen, calibrated on your own measured gaps; no guarantee for a deep net.",
 )(certificates.theory_asym_bound)
 
 theory_information_bound = entry(

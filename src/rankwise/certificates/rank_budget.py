@@ -74,7 +74,11 @@ def local_rank(
     if layer not in modules:
         raise ArgumentError(f"no layer {layer!r} in the model. {did_you_mean(layer, modules)}")
     seen: list[Tensor] = []
-    hook = modules[layer].register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+        seen.append(output)
+
+    hook = modules[layer].register_forward_hook(keep)
     counts = []
     try:
         for index in range(x.shape[0]):

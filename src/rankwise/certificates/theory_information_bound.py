@@ -20,7 +20,7 @@ Generalization Capability of Learning Algorithms, 2017, arXiv:1705.07809.
 
 from __future__ import annotations
 
-from rankwise.certificates.bits import Adapter, best_q, bits, compare, gap_it, gap_occam, quantize, samples_for
+from rankwise.certificates.bit_counting import Adapter, best_q, bits, compare, gap_it, gap_occam, quantize, samples_for
 from rankwise.core.protocols import Report
 
 __all__ = ["best_q", "bits", "compare", "gap_it", "gap_occam", "quantize", "samples_for", "theory_information_bound"]

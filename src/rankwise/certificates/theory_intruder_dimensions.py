@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.certificates.intruders import choose_damping, intruders, scale_intruders, sweep
+from rankwise.certificates.intruder_vectors import choose_damping, intruders, scale_intruders, sweep
 from rankwise.core.errors import ArgumentError, shorten
 from rankwise.core.operators import Dense, Operator
 from rankwise.core.protocols import Report
@@ -79,16 +79,17 @@ def theory_intruder_dimensions(
     measured = {"intruders": float(total), "per layer": total / len(table)}
     if control:
         measured["random control"] = float(sum(row["control"] for row in table))
-    foreign = total > measured.get("random control", 0.0)
+    if total == 0:
+        reading = "no new directions on top: the update works with those the base has."
+    elif control and total <= measured["random control"]:
+        reading = "noise of this size makes as many: it is the size of the update that is foreign; lower the rate or the scale."
+    else:
+        reading = "the update is spectrally foreign to the base: expect forgetting; raise r with α = 2r, or damp it."
     return Report(
         name="theory_intruder_dimensions",
         measured=measured,
         assumptions=(f"leading {k} {side} vectors, cosine below {eps}; an observation about forgetting, not a bound",),
         where=f"{len(table)} layers",
-        reading=(
-            "the update is spectrally foreign to the base: expect forgetting; raise r with α = 2r, lower the rate, or damp it"
-            if foreign
-            else "no more intruders than noise of this size would make."
-        ),
+        reading=reading,
         table=tuple(table),
     )

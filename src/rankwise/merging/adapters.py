@@ -25,16 +25,17 @@ from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import generator_for
 from rankwise.core.recipe import Recipe, piece
 from rankwise.core.statistics import LayerStatistics
-from rankwise.merging import exact, linear
+from rankwise.merging.combination import linear, task_arithmetic
+from rankwise.merging.exact import cat, svd
 from rankwise.merging.operands import best, refuse_dense, relative_error
 from rankwise.parameterizations.lora import LoRA
 from rankwise.steps.moments import adamw
 
 METHODS: dict[str, Callable[..., Operator]] = {
-    "cat": exact.cat,
-    "svd": exact.svd,
-    "linear": linear.linear,
-    "task_arithmetic": linear.task_arithmetic,
+    "cat": cat,
+    "svd": svd,
+    "linear": linear,
+    "task_arithmetic": task_arithmetic,
 }
 Adapter = Mapping[str, Operator]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankwise.core.bindings import adapted_layers, switched_off
 from rankwise.core.errors import ArgumentError, MergeError, StatisticsError, shorten
-from rankwise.core.operators import Operator
+from rankwise.core.operators import LowRank, Operator
 from rankwise.core.statistics import MomentCollector, _kept, _token_mask
 from rankwise.core.targets import Target, find_targets
 
@@ -71,7 +71,8 @@ def _hook(
             seen[key] = (x, _kept(target.layout.input_rows(x), x, padding).detach().to("cpu", torch.float64, copy=True))
         rows = seen[key][1]  # (tokens, n)
         found[site] = torch.cat([found[site], rows]) if site in found else rows
-        return None if update is None else update.add_to(output, x, target.layout)
+        empty = update is None or (isinstance(update, LowRank) and not update.rank)  # an adapter without this site
+        return None if update is None or empty else update.add_to(output, x, target.layout)
 
     return receive
 
