@@ -7,9 +7,9 @@ With singular values s_1 >= … >= s_k, p_i = s_i / Σ s, e_i = s_i² / Σ s²:
     participation   (Σ s²)² / Σ s⁴                         nuclear         (Σ s)² / Σ s²
     energy_rank     min k with Σ_{i<=k} e_i >= x           (x = 0.9 on W' - W: Biderman et al.)
 
-They order as 1 <= stable <= participation <= energy_entropy <= effective <= hard. The spectrum of B A (m, n) comes from the
-r × r core of its factors, in O((m + n) r²). Not a guarantee of anything: all of it is measured. Pure noise needs about half of
-all directions for 0.9 of its energy, so an energy rank is shown beside that of noise of the same shape.
+Always 1 <= stable <= participation <= energy_entropy <= effective <= hard. The spectrum of B A (m, n) comes from the
+r × r core of its factors, in O((m + n) r²). All of it is measured. Pure noise needs about half of all directions for
+0.9 of its energy, so an energy rank is shown beside that of noise.
 
 *Differs*: entropies of s and of s² are both published as "effective rank"; here they carry different names.
 
@@ -50,7 +50,6 @@ def ranks(spectrum: Tensor, *, tolerance: float | None = None, energy: float = 0
     """
     if not 0.0 < energy <= 1.0:
         raise ArgumentError(f"energy is a share in (0, 1], not {energy}")
-    eps = torch.finfo(spectrum.dtype).eps
     s = spectrum.detach().double().sort(descending=True).values
     names = ("hard", "stable", "effective", "energy_entropy", "participation", "nuclear", "energy_rank")
     if not s.numel() or float(s[0]) <= 0.0:
@@ -58,7 +57,7 @@ def ranks(spectrum: Tensor, *, tolerance: float | None = None, energy: float = 0
     s = s / s[0]
     square = s.square()
     e = square / square.sum()
-    hard = int((s > (len(s) * eps if tolerance is None else tolerance)).sum())
+    hard = int((s > (len(s) * torch.finfo(spectrum.dtype).eps if tolerance is None else tolerance)).sum())
     reached = int((e.cumsum(0) < energy * (1 - 1e-12)).sum()) + 1  # rounding must not ask for one more
     values = (
         hard,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankwise.core.bindings import adapted_layers, switched_off
 from rankwise.core.errors import ArgumentError, MergeError, StatisticsError, shorten
 from rankwise.core.operators import LowRank, Operator
-from rankwise.core.statistics import MomentCollector, _kept, _token_mask
+from rankwise.core.statistics import MomentCollector, kept_rows, token_mask
 from rankwise.core.targets import Target, find_targets
 
 
@@ -41,7 +41,7 @@ def inputs_with(
 
     Sites that read the same tensor share one result. With `mask`, padded tokens (attention_mask 0) are dropped.
     """
-    padding = _token_mask(batch) if mask else None
+    padding = token_mask(batch) if mask else None
     seen: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
     found: dict[str, Tensor] = {}
     hooks = [
@@ -68,7 +68,7 @@ def _hook(
         x = inputs[0]
         key = (id(x), x._version, target.layout)
         if key not in seen:  # x is kept beside its rows, so that its id is not given to another tensor
-            seen[key] = (x, _kept(target.layout.input_rows(x), x, padding).detach().to("cpu", torch.float64, copy=True))
+            seen[key] = (x, kept_rows(target.layout.input_rows(x), x, padding).detach().to("cpu", torch.float64, copy=True))
         rows = seen[key][1]  # (tokens, n)
         found[site] = torch.cat([found[site], rows]) if site in found else rows
         empty = update is None or (isinstance(update, LowRank) and not update.rank)  # an adapter without this site
