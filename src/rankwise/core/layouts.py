@@ -194,10 +194,10 @@ class EmbeddingLayout(Layout):
         return matrix.t()
 
     def matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return F.embedding(x, matrix.t(), self.padding_idx)
+        return F.embedding(x, matrix.t())
 
     def project(self, x: Tensor, factor: Tensor) -> Tensor:
-        return F.embedding(x, factor.t(), self.padding_idx)
+        return F.embedding(x, factor.t())
 
     def mix(self, z: Tensor, factor: Tensor) -> Tensor:
         return z * factor if factor.dim() == 1 else F.linear(z, factor)
