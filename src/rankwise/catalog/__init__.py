@@ -15,7 +15,16 @@ from rankwise.core.catalog import Entry, names
 from rankwise.core.catalog import get as entry
 from rankwise.core.errors import ArgumentError
 
-MODULES = ("parameterizations", "steps", "starts", "compression", "merging", "certificates", "serving")
+MODULES = (
+    "parameterizations",
+    "starts",
+    "steps",
+    "merging",
+    "compression",
+    "certificates",
+    "serving",
+    "problems",
+)
 for _module in MODULES:
     importlib.import_module(f"rankwise.catalog.{_module}")
 
