@@ -79,7 +79,7 @@ class Handle:
     def update_of(self, site: str) -> Operator:
         """W' - W against the untouched base weight, as an operator (m, n)."""
         adapters = self.adapters(site)
-        return self.parameterization(site).total_update(adapters.frozen(self.targets[site].module))
+        return self.parameterization(site).total_update(adapters.untouched(self.targets[site].module))
 
     def low_rank_of(self, site: str) -> LowRank | None:
         """The exact factors of the update at one site, scale folded in; None where it is not of low rank."""
@@ -159,9 +159,14 @@ class Handle:
 
         plain = self.plain_blocks()
         self._optimizer = BlockOptimizer(
-            {**self.blocks(), **plain}, steps_with(self.recipe, overrides), lr, plain=plain, before=self._calls.before_step
+            {**self.blocks(), **plain}, steps_with(self.recipe, overrides), lr, plain=plain, before=self._before_step
         )
         return self._optimizer
+
+    def _before_step(self) -> None:
+        for _, _, adapters in adapted_layers(self.model):
+            adapters.checkpointed.clear()
+        self._calls.before_step()
 
     @property
     def learning_rate(self) -> float:
@@ -286,6 +291,8 @@ class Handle:
             if len(adapters) == 1:
                 merge.restore_site(target)
             detach(target, self.name)
+            if len(adapters) and adapters.stash is not None:  # others are merged or absorbed: write their parts alone
+                merge.rewrite(target)
         banks = self.model._modules.get(BANKS)
         if banks is not None and self.name in banks._modules:
             del banks._modules[self.name]

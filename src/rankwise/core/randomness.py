@@ -97,7 +97,7 @@ class MaskStream:
                 self._remember(x, site, owner)
                 return mask
         forward, owner = self.forwards, site
-        if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpointed layer runs again
+        if inside_backward():  # backward: a checkpointed layer runs again
             found = self._calls.get((site, _probe(x)))
             if found is None:
                 raise TrainingError(
@@ -114,7 +114,7 @@ class MaskStream:
         return mask
 
     def _remember(self, x: Tensor, site: str, owner: str) -> None:
-        if not _may_be_recomputed():
+        if not may_be_recomputed():
             return
         self._calls[site, _probe(x)] = (self.forwards, owner)
         if len(self._calls) > _REMEMBERED:
@@ -127,7 +127,12 @@ def _eagerly(function: Any, *arguments: object) -> Tensor:
     return function(*arguments)
 
 
-def _may_be_recomputed() -> bool:
+def inside_backward() -> bool:
+    """Whether autograd is running backward now, so that a forward is a checkpoint's recomputation."""
+    return cast(Any, torch._C)._current_graph_task_id() != -1
+
+
+def may_be_recomputed() -> bool:
     """Whether a checkpoint is recording: the reentrant kind switches gradients off, the other kind hooks saved tensors."""
     return not torch.is_grad_enabled() or cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is not None
 
