@@ -16,7 +16,7 @@ from rankwise.core.bindings import activate_, adapted_layers, attach, detach
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import ArgumentError, RecipeError, TargetError, did_you_mean, shorten
 from rankwise.core.fingerprint import fingerprint_of
-from rankwise.core.handle import BANKS, Handle
+from rankwise.core.handle import BANKS, Handle, bank_of, freeze, thaw
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT, Parameterization, Site
 from rankwise.core.protocols import Approximation
@@ -73,11 +73,11 @@ def adapt_(
     if problems:
         raise RecipeError(recipe.name, problems)
     fingerprint = fingerprint_of(model, targets)
-    was_trainable = _freeze(model, auxiliary)
+    freeze(model, auxiliary)
     done: list[Target] = []
     try:
         _attach_bank(model, recipe, sites, name, seed)
-        bank = model._modules[BANKS]._modules.get(name) if BANKS in model._modules else None  # type: ignore[union-attr]
+        bank = bank_of(model, name)
         for site, target in targets.items():
             entry = _build(recipe, site, sites[site], bank)
             attach(target, name, entry, binding=binding)
@@ -87,7 +87,7 @@ def adapt_(
         for target in done:
             merge.restore_site(target)
             detach(target, name)
-        _thaw(model, was_trainable)
+        thaw(model)
         raise
     activate_(model, name)
     return Handle(
@@ -98,7 +98,6 @@ def adapt_(
         targets=targets,
         skipped=skipped,
         auxiliary=auxiliary,
-        was_trainable=was_trainable,
         fingerprint=fingerprint,
         masks=masks,
     )
@@ -210,25 +209,6 @@ def _collected(statistics: Statistics | None, sites: Mapping[str, Site]) -> set[
     some = next(iter(statistics.values()))
     held = {Statistic.GRADIENT: some.gradient, Statistic.INPUT_GRAM: some.inputs, Statistic.OUTPUT_GRAM: some.outputs}
     return {statistic for statistic, value in held.items() if value is not None} | {Statistic.WEIGHT}
-
-
-def _freeze(model: nn.Module, auxiliary: Mapping[str, nn.Parameter]) -> dict[str, bool]:
-    """Freezes all but adapters and auxiliary tensors; returns the flags as they were."""
-    kept = {id(parameter) for parameter in auxiliary.values()}
-    flags: dict[str, bool] = {}
-    for name, parameter in model.named_parameters():
-        if ".adapter." in name or name.startswith(f"{BANKS}."):
-            continue
-        flags[name] = parameter.requires_grad
-        if parameter.is_floating_point():
-            parameter.requires_grad_(id(parameter) in kept)
-    return flags
-
-
-def _thaw(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in flags:
-            parameter.requires_grad_(flags[name])
 
 
 def _attach_bank(model: nn.Module, recipe: Recipe, sites: Mapping[str, Site], name: str, seed: int) -> None:

@@ -9,7 +9,7 @@ functional   `effective_weights(model)`: name -> adapted weight, for torch.func,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rankwise.core.combinators import Routed, Scaled, Sum
-from rankwise.core.errors import ActivationError
+from rankwise.core.errors import ActivationError, TrainingError
 from rankwise.core.layouts import Layout
-from rankwise.core.operators import Base, Dense, LowRank, Operator
+from rankwise.core.operators import Base, Dense, Operator
 from rankwise.core.parameterization import Additive, Parameterization
-from rankwise.core.targets import Target, dequantize
+from rankwise.core.randomness import inside_backward, may_be_recomputed
+from rankwise.core.targets import Target, dequantize, weight_parameter
 
 Selection = tuple[tuple[str, float], ...]
 
@@ -36,6 +37,7 @@ class Adapters(nn.ModuleDict):
         rows: for a batch with an adapter per row, (names, index of each row's name); a name "" is the frozen layer.
         stash: the untouched weight, while something is merged or absorbed into it.
         merged: names merged into the weight.
+        checkpointed: selections used in forwards that may run again, since the last optimizer step.
     """
 
     def __init__(self, target: Target) -> None:
@@ -45,6 +47,7 @@ class Adapters(nn.ModuleDict):
         self.rows: tuple[tuple[str, ...], Tensor] | None = None
         self.stash: Tensor | None = None
         self.merged: tuple[str, ...] = ()
+        self.checkpointed: dict[tuple[Selection, int], None] = {}
 
     def base(self, layer: nn.Module) -> Base:
         """The layer as it stands now, merged and absorbed parts included."""
@@ -53,16 +56,9 @@ class Adapters(nn.ModuleDict):
             layer, self.layout, functools.partial(original, layer), functools.partial(_matrix, layer, self.layout), self.shape
         )
 
-    def frozen(self, layer: nn.Module) -> Operator:
-        """The layer without what is merged, but with what is absorbed (that is part of the adapter's base)."""
-        if not self.merged or self.stash is None:
-            return self.base(layer)
-        absorbed = [part for part in (self._absorbed(name) for name in self) if part is not None]
-        return Sum(Dense(self.layout.to_matrix(self.stash)), *absorbed)
-
-    def _absorbed(self, name: str) -> LowRank | None:
-        entry = self[name]
-        return entry.carried() if entry.absorbed else None
+    def untouched(self, layer: nn.Module) -> Operator:
+        """The layer as it was before anything was merged or absorbed."""
+        return self.base(layer) if self.stash is None else Dense(self.layout.to_matrix(self.stash))
 
     def __getitem__(self, name: str) -> Parameterization:
         return cast(Parameterization, super().__getitem__(name))
@@ -70,41 +66,67 @@ class Adapters(nn.ModuleDict):
     def operator(self, layer: nn.Module) -> Operator:
         """The operator that acts now."""
         if self.rows is not None:
-            return self._routed(layer)
-        active = tuple((name, weight) for name, weight in self.active if name not in self.merged)
-        if not self.merged and len(active) == 1 and active[0][1] == 1.0:
-            return self[active[0][0]].effective(self.base(layer))
-        return self.combined(layer, active)
+            names, rows = self.rows
+            return Routed([self.combined(layer, ((name, 1.0),) if name in self else ()) for name in names], rows)
+        if not self.merged and len(self.active) == 1 and self.active[0][1] == 1.0 and self._absorbed() <= {self.active[0][0]}:
+            return self[self.active[0][0]].effective(self.base(layer))
+        return self.combined(layer, self.active)
 
     def combined(self, layer: nn.Module, selection: Selection) -> Operator:
-        """Base + Σ weight · (adapted - base), exact for every method."""
-        frozen = self.frozen(layer)
+        """untouched + Σ weight · (adapted - untouched) + what is merged; exact for every method.
+
+        Starts from the layer as it stands, which holds all absorbed and merged parts, so only the rest is added.
+        """
+        weights = {name: weight for name, weight in selection if name not in self.merged}
         terms: list[Operator] = [self.base(layer)]
-        for name, weight in selection:
-            entry = self[name]
-            if isinstance(entry, Additive):
-                carried = entry.carried()
-                parts: list[Operator] = [entry.update()]
-                if carried is not None and not entry.absorbed:
-                    parts.append(carried)
-                terms.extend(part if weight == 1.0 else Scaled(part, float(weight)) for part in parts)
-            else:
-                terms.append(Scaled(entry.effective(frozen), float(weight)))
-                terms.append(Scaled(frozen, -float(weight)))
+        for name, weight in weights.items():
+            terms.extend(self._change(layer, name, weight))
+        for name in sorted(self._absorbed() - set(self.merged)):
+            factor = weights.get(name, 0.0) if isinstance(self[name], Additive) else 0.0
+            carried = self[name].carried()
+            if carried is not None and factor != 1.0:
+                terms.append(Scaled(carried, factor - 1.0))
         return terms[0] if len(terms) == 1 else Sum(*terms)
 
-    def _routed(self, layer: nn.Module) -> Operator:
-        names, rows = cast(tuple[tuple[str, ...], Tensor], self.rows)
-        if self.merged:
-            raise ActivationError(f"{self.merged} is merged; unmerge before using one adapter per row")
-        base = self.base(layer)
-        return Routed([self[name].effective(base) if name in self else base for name in names], rows)
+    def _change(self, layer: nn.Module, name: str, weight: float) -> list[Operator]:
+        """weight · (adapted - untouched), without the absorbed part of an additive method."""
+        entry, carried = self[name], self[name].carried()
+        if isinstance(entry, Additive):
+            parts: list[Operator] = [entry.update()]
+            if carried is not None and not entry.absorbed:
+                parts.append(carried)
+            return [part if weight == 1.0 else Scaled(part, weight) for part in parts]
+        untouched = self.untouched(layer)
+        own = Sum(untouched, carried) if entry.absorbed and carried is not None else untouched
+        return [Scaled(entry.effective(own), weight), Scaled(untouched, -weight)]
+
+    def _absorbed(self) -> set[str]:
+        return {name for name in self if self[name].absorbed}
 
     def run(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The layer's forward with what is active."""
-        if self.rows is None and all(name in self.merged for name, _ in self.active):
+        if self.training and not torch.compiler.is_compiling():
+            self._repeat_or_remember()
+        if (
+            self.rows is None
+            and all(name in self.merged for name, _ in self.active)
+            and not self._absorbed() - set(self.merged)
+        ):
             return _original_class(layer).forward(layer, x)
-        return self.operator(layer).affine(x, self.layout, getattr(layer, "bias", None))
+        y = self.operator(layer).affine(x, self.layout, getattr(layer, "bias", None))
+        return y if x.is_floating_point() else self.layout.finish(y, x, weight_parameter(layer).dtype)
+
+    def _repeat_or_remember(self) -> None:
+        """Under gradient checkpointing, a layer that runs again in backward must use what was active in its forward."""
+        if not inside_backward():
+            if may_be_recomputed():
+                self.checkpointed[self.active, id(self.rows)] = None
+            return
+        if self.checkpointed and self.checkpointed != {(self.active, id(self.rows)): None}:
+            raise TrainingError(
+                "another adapter was chosen between a checkpointed forward and its backward, so the layers that run again would "
+                "use the wrong one; call backward() (and handle.after_step()) before activating another adapter"
+            )
 
     def extra_repr(self) -> str:
         said = ", ".join(name if weight == 1.0 else f"{weight:g}·{name}" for name, weight in self.active) or "none"
@@ -180,7 +202,7 @@ class _Reparameterized(nn.Module):
         adapters: Adapters = self.adapters  # type: ignore[assignment]
         if adapters.rows is not None:
             raise ActivationError("one adapter per row needs binding='path': a weight is the same for all rows")
-        frozen = _FrozenWeight(self.layout.to_matrix(weight))
+        frozen = Dense(self.layout.to_matrix(weight))
         terms: list[Operator] = [frozen]
         selection = tuple((name, factor) for name, factor in adapters.active if name not in adapters.merged)
         if not selection:
@@ -192,9 +214,6 @@ class _Reparameterized(nn.Module):
                 terms += [Scaled(adapters[name].effective(frozen), factor), Scaled(frozen, -factor)]
             matrix = Sum(*terms).dense()
         return self.layout.from_matrix(matrix.to(weight.dtype), weight)
-
-
-_FrozenWeight = Dense
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
@@ -266,6 +285,3 @@ def activate_(model: nn.Module, selection: str | dict[str, float] | list[str | N
     for _, layer, adapters in layers:
         adapters.active = tuple((name, weight) for name, weight in chosen if name in adapters)
         adapters.rows = None if rows is None else (rows[0], rows[1].to(cast(Tensor, layer.weight).device))
-
-
-Forward = Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.core import merge
 from rankwise.core.bank import Bank
-from rankwise.core.bindings import Adapters, activate_, detach
+from rankwise.core.bindings import Adapters, activate_, adapted_layers, detach
 from rankwise.core.errors import MergeError, TargetError, TrainingError, did_you_mean
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Parameterization
@@ -22,6 +22,7 @@ from rankwise.core.recipe import Recipe
 from rankwise.core.step import BlockOptimizer
 from rankwise.core.targets import Target
 
+_FLAGS = "_rankwise_requires_grad"  # on the model: which parameters required gradients before the first adapter
 BANKS = "rankwise_banks"  # the child of the model's root that holds shared tensors
 
 
@@ -46,14 +47,12 @@ class Handle:
         targets: Mapping[str, Target],
         skipped: Mapping[str, str],
         auxiliary: Mapping[str, nn.Parameter],
-        was_trainable: Mapping[str, bool],
         fingerprint: Callable[[], Mapping[str, str]],
         masks: MaskStream,
     ) -> None:
         self.model, self.recipe, self.name, self.seed = model, recipe, name, seed
         self.targets, self.skipped, self.auxiliary = dict(targets), dict(skipped), dict(auxiliary)
-        self.was_trainable, self.masks = dict(was_trainable), masks
-        self.fingerprint = fingerprint
+        self.fingerprint, self.masks = fingerprint, masks
         self.step_count = 0
         self.perturbation: Perturbation | None = recipe.perturbation.build() if recipe.perturbation else None
         self.schedule: RankSchedule | None = recipe.schedule.build() if recipe.schedule else None
@@ -77,7 +76,7 @@ class Handle:
     def update_of(self, site: str) -> Operator:
         """W' - W against the untouched base weight, as an operator (m, n)."""
         adapters = self.adapters(site)
-        return self.parameterization(site).total_update(adapters.frozen(self.targets[site].module))
+        return self.parameterization(site).total_update(adapters.untouched(self.targets[site].module))
 
     def low_rank_of(self, site: str) -> LowRank | None:
         """The exact factors of the update at one site, scale folded in; None where it is not of low rank."""
@@ -91,8 +90,7 @@ class Handle:
     @property
     def bank(self) -> Bank | None:
         """Tensors shared by all sites, where the method has some."""
-        banks = self.model._modules.get(BANKS)
-        return None if banks is None else banks._modules.get(self.name)  # type: ignore[return-value]
+        return bank_of(self.model, self.name)
 
     def blocks(self) -> dict[str, dict[str, nn.Parameter]]:
         """Site -> role -> trained tensor. Frozen roles are left out."""
@@ -161,6 +159,8 @@ class Handle:
         return self._optimizer
 
     def _check_before_step(self) -> None:
+        for _, _, adapters in adapted_layers(self.model):
+            adapters.checkpointed.clear()
         needed = [part for part in (self.perturbation, self.schedule) if part is not None]
         if needed and not self._called_after_backward:
             raise TrainingError(
@@ -191,8 +191,8 @@ class Handle:
                 for role, tensor in block.items():
                     if tensor.grad is not None and not torch.isfinite(tensor.grad).all():
                         raise TrainingError(
-                            f"step {self.step_count}: the gradient of {site}.{role} holds NaN or infinity. The weights are those "
-                            "of the last good step; lower the learning rate, or look for NaN in this batch"
+                            f"step {self.step_count}: the gradient of {site}.{role} holds NaN or infinity. The weights are "
+                            "those of the last good step; lower the learning rate, or look for NaN in this batch"
                         )
         if self.schedule is not None:
             self.schedule.before_step(self.step_count, blocks)
@@ -306,16 +306,17 @@ class Handle:
             if len(adapters) == 1:
                 merge.restore_site(target)
             detach(target, self.name)
+            if len(adapters) and adapters.stash is not None:  # others are merged or absorbed: write their parts alone
+                merge.rewrite(target)
         banks = self.model._modules.get(BANKS)
         if banks is not None and self.name in banks._modules:
             del banks._modules[self.name]
             if not banks._modules:
                 del self.model._modules[BANKS]
         self._hook.remove()
-        named = dict(self.model.named_parameters())
-        for name, flag in self.was_trainable.items():
-            if name in named:
-                named[name].requires_grad_(flag)
+        for parameter in self.auxiliary.values():
+            parameter.requires_grad_(False)
+        thaw(self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Training state beside tensors and optimizer: step count, schedules, perturbation; to resume to the bit."""
@@ -329,6 +330,36 @@ class Handle:
         for name, part in (("schedule", self.schedule), ("procedure", self.procedure), ("perturbation", self.perturbation)):
             if part is not None:
                 part.load_state_dict(state[name])
+
+
+def freeze(model: nn.Module, auxiliary: Mapping[str, nn.Parameter]) -> None:
+    """Freezes all but adapters and auxiliary tensors. The flags as the user had them are kept on the model for `thaw`."""
+    kept = {id(parameter) for parameter in auxiliary.values()}
+    flags: dict[str, bool] = model.__dict__.setdefault(_FLAGS, {})
+    for name, parameter in model.named_parameters():
+        if ".adapter." in f".{name}" or name.startswith(f"{BANKS}."):
+            continue
+        first = name not in flags
+        flags.setdefault(name, parameter.requires_grad)
+        if id(parameter) in kept or first:
+            parameter.requires_grad_(id(parameter) in kept)
+
+
+def thaw(model: nn.Module) -> None:
+    """Gives the user's flags back once no adapter is left."""
+    if next(adapted_layers(model), None) is not None:
+        return
+    flags: dict[str, bool] = model.__dict__.pop(_FLAGS, {})
+    for name, parameter in model.named_parameters():
+        if name in flags:
+            parameter.requires_grad_(flags[name])
+
+
+def bank_of(model: nn.Module, name: str) -> Bank | None:
+    """The shared tensors of the named adapter on a model, or None."""
+    banks = model._modules.get(BANKS)
+    bank = None if banks is None else banks._modules.get(name)
+    return bank if isinstance(bank, Bank) else None
 
 
 def trained_tensors(handle: Handle) -> dict[str, Tensor]:

@@ -62,6 +62,10 @@ class Layout(ABC):
     def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         """Adds bias (m,) to y."""
 
+    def finish(self, y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output of a layer whose inputs are token numbers, in the layer's dtype."""
+        return y.to(dtype)
+
     @abstractmethod
     def input_rows(self, x: Tensor) -> Tensor:
         """The inputs as rows (tokens, n), the n that the matrix meets."""
@@ -190,10 +194,10 @@ class EmbeddingLayout(Layout):
         return matrix.t()
 
     def matrix(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return F.embedding(x, matrix.t(), self.padding_idx)
+        return F.embedding(x, matrix.t())
 
     def project(self, x: Tensor, factor: Tensor) -> Tensor:
-        return F.embedding(x, factor.t(), self.padding_idx)
+        return F.embedding(x, factor.t())
 
     def mix(self, z: Tensor, factor: Tensor) -> Tensor:
         return z * factor if factor.dim() == 1 else F.linear(z, factor)
@@ -206,6 +210,11 @@ class EmbeddingLayout(Layout):
 
     def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         return y + bias
+
+    def finish(self, y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.padding_idx is not None:  # the padding token is looked up but, as in nn.Embedding, never trained
+            y = torch.where((x == self.padding_idx).unsqueeze(-1), y.detach(), y)
+        return y.to(dtype)
 
     def input_rows(self, x: Tensor) -> Tensor:
         raise StatisticsError(

@@ -62,8 +62,8 @@ def absorb_site(target: Target, name: str, part: LowRank) -> None:
 
 
 def rewrite(target: Target) -> None:
-    """Writes what the adapters carry as absorbed into the weight, after a load."""
-    _write(target, ())
+    """Writes the weight again from the untouched one and what is absorbed and merged now."""
+    _write(target, _adapters(target).merged)
 
 
 def restore_site(target: Target) -> None:

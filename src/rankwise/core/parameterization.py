@@ -187,13 +187,12 @@ class Parameterization(nn.Module, ABC):
         carried = self.carried()
         return self.forward(base if carried is None or self.absorbed else Sum(base, carried))
 
-    def total_update(self, base: Operator) -> Operator:
-        """W' - W₀ against the untouched base: low rank where the method is additive, a dense difference elsewhere."""
+    def total_update(self, untouched: Operator) -> Operator:
+        """W' - W₀ against the untouched layer: low rank where the method is additive, a dense difference elsewhere."""
         carried = self.carried()
         if self.facts.additive:
             return self.update() if carried is None else Sum(self.update(), carried)
-        untouched = base if carried is None or not self.absorbed else Sum(base, LowRank(-carried.B, carried.A))
-        return _Difference(self.effective(base), untouched)
+        return _Difference(self.forward(untouched if carried is None else Sum(untouched, carried)), untouched)
 
 
 class Additive(Parameterization):

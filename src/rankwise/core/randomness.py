@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -50,7 +49,7 @@ class MaskStream:
         Raises:
             TrainingError: a recomputation asks for a forward that is no longer remembered.
         """
-        return _eagerly(self._mask, x, probability, site)
+        return cast(Any, _eagerly)(self._mask, x, probability, site)
 
     def _mask(self, x: Tensor, probability: float, site: str) -> Tensor:
         if self._shared is not None:
@@ -59,7 +58,7 @@ class MaskStream:
                 self._remember(x, site, owner)
                 return mask
         forward, owner = self.forwards, site
-        if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpointed layer runs again
+        if inside_backward():  # backward: a checkpointed layer runs again
             found = self._calls.get((site, _probe(x)))
             if found is None:
                 raise TrainingError(
@@ -76,7 +75,7 @@ class MaskStream:
         return mask
 
     def _remember(self, x: Tensor, site: str, owner: str) -> None:
-        if not _may_be_recomputed():
+        if not may_be_recomputed():
             return
         self._calls[site, _probe(x)] = (self.forwards, owner)
         if len(self._calls) > _REMEMBERED:
@@ -84,12 +83,17 @@ class MaskStream:
 
 
 @torch.compiler.disable
-def _eagerly(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+def _eagerly(function: Any, *arguments: object) -> Tensor:
     """Runs outside of a compiled graph: a private generator cannot be captured."""
     return function(*arguments)
 
 
-def _may_be_recomputed() -> bool:
+def inside_backward() -> bool:
+    """Whether autograd is running backward now, so that a forward is a checkpoint's recomputation."""
+    return cast(Any, torch._C)._current_graph_task_id() != -1
+
+
+def may_be_recomputed() -> bool:
     """Whether a checkpoint is recording: the reentrant kind switches gradients off, the other kind hooks saved tensors."""
     return not torch.is_grad_enabled() or cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is not None
 

@@ -38,7 +38,8 @@ class Target:
 
     def matrix(self) -> Tensor:
         """The frozen weight as (m, n), detached, in at least float32."""
-        weight = self.layout.to_matrix(dequantize(self.module)).detach()
+        stash = getattr(self.module._modules.get("adapter"), "stash", None)  # untouched, while something is merged
+        weight = self.layout.to_matrix(dequantize(self.module) if stash is None else stash).detach()
         return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
     def mode_shape(self) -> tuple[int, ...]:
