@@ -19,8 +19,8 @@ class TinyTask:
     metric_name = "accuracy"
     higher_is_better = True
 
-    def __init__(self, *, rows: int = 256, noise: float = 1.5, poisoned: bool = False) -> None:
-        self.rows, self.noise, self.poisoned = rows, noise, poisoned
+    def __init__(self, *, rows: int = 256, noise: float = 1.5, poisoned_from: int | None = None) -> None:
+        self.rows, self.noise, self.poisoned_from = rows, noise, poisoned_from
         self.interrupt: Callable[[str], None] = lambda what: None
         generator = torch.Generator().manual_seed(0)
         self.centers = torch.randn(CLASSES, WIDTH, generator=generator)  # (c, n)
@@ -49,7 +49,8 @@ class TinyTask:
             self.interrupt(f"batch {step} of {steps}")
             chosen = order[(torch.arange(batch_size) + step * batch_size) % self.rows]
             inputs = self.train[0][chosen]
-            yield (inputs * float("nan") if self.poisoned else inputs), self.train[1][chosen]
+            poisoned = self.poisoned_from is not None and step >= self.poisoned_from
+            yield (inputs * float("nan") if poisoned else inputs), self.train[1][chosen]
 
     def probe_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.train_batches(16, count, 99)

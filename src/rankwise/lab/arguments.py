@@ -58,7 +58,7 @@ def named_recipes(texts: Sequence[str]) -> dict[str, Recipe]:
     return found
 
 
-def _meaning(recipe: Recipe) -> Record:
+def _meaning(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.to_json().items() if key not in ("name", "own")}
 
 

@@ -29,7 +29,7 @@ from rankwise.lab.protocol import Task
 from rankwise.lab.result import ComparisonResult
 from rankwise.lab.spectra import layer_spectra
 from rankwise.lab.terminal import Progress, show
-from rankwise.lab.training import Starts, mean_loss, train, with_horizon
+from rankwise.lab.training import Starts, exploded, mean_loss, train, with_horizon
 
 VALIDATION = 8  # batches that judge a run of the sweep
 Record = dict[str, Any]
@@ -207,8 +207,9 @@ class _Comparison:
         def work() -> Record:
             run = self._train(f"{name}: sweep at {rate:g}", recipe, rate, SWEEP_SEED, steps)
             score = math.inf if run.failure else mean_loss(run.handle.model, held)
-            diverged = math.isinf(score)
-            why = run.failure or ("the loss after training is not finite" if diverged else "")
+            diverged = bool(run.failure) or exploded(score, run.curve)
+            why = run.failure or (f"the loss after training is {score:.4g}" if diverged else "")
+            score = math.inf if diverged else score
             return {
                 "outcome": "diverged" if diverged else "finished",
                 "reason": why,

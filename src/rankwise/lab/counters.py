@@ -12,6 +12,7 @@ input needs no gradient), and r numbers per token more to keep.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -129,12 +130,19 @@ def frozen_cost(model: nn.Module, sites: Iterable[str], batch: Any, *, loss: Los
         sites: names of the layers that would be adapted.
         batch: one batch.
         loss: gives the scalar loss of a batch.
+
+    Raises:
+        TrainingError: the loss is not finite.
     """
     wanted, flags = set(sites), {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     hooks = [module.register_forward_hook(_wants_gradient) for name, module in model.named_modules() if name in wanted]
     try:
         model.requires_grad_(False)
         with _training(model):
+            with torch.no_grad():
+                value = float(loss(model, batch))
+            if not math.isfinite(value):
+                raise TrainingError(f"the frozen base has the loss {value} on the first batch; look for NaN in data and model")
             flops = flops_of(lambda: loss(model, batch).backward())
             saved = _saved_bytes(model, batch, loss)
     finally:

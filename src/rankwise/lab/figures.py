@@ -12,7 +12,7 @@ from typing import Any
 
 from rankwise.lab.captions import CAPTIONS
 from rankwise.lab.figures_cost import costs, rates, retention
-from rankwise.lab.plots import INK, Palette, axis, broken, end_labels, layout, points, running_mean
+from rankwise.lab.plots import INK, Palette, axis, broken, end_labels, layout, log_ticks, points, running_mean
 from rankwise.lab.result import ComparisonResult, Row
 from rankwise.lab.spectra_figure import spectra
 
@@ -143,7 +143,7 @@ def curves(done: Sequence[Row], palette: Palette) -> Figure | None:
         "layout": layout(
             460,
             right=right,
-            xaxis=axis(title="step", showgrid=False),
+            xaxis=axis(title="step", showgrid=False, range=[1, max(end[1] for end in ends)]),
             yaxis=axis(title="loss"),
             annotations=annotations,
             hovermode="x unified",
@@ -152,49 +152,51 @@ def curves(done: Sequence[Row], palette: Palette) -> Figure | None:
 
 
 def against_size(found: ComparisonResult, done: Sequence[Row], palette: Palette) -> Figure | None:
-    """The measure against trained numbers; recipes of one size stand side by side."""
+    """The measure against trained numbers; recipes of about one size stand side by side, named on the right of their group."""
     if not done:
         return None
-    traces, annotations, taken = [], [], []
-    for row in done:
-        size, color = float(row.cost["trained"]), palette.color(row.recipe)
-        place = size
-        while any(abs(math.log(place / other)) < 0.045 for other in taken):
-            place *= 1.05
-        taken.append(place)
-        mean, half = (row.metric.mean, row.metric.half_width or 0.0) if row.metric else (0.0, 0.0)
-        traces.append(
-            {
-                **points([place], [mean], color, size=12),
-                "error_y": {"array": [half], "color": color, "thickness": 2.5, "width": 0},
-                "hovertemplate": f"{size:,.0f} numbers<br>%{{y:.4f}} ± {half:.4f}<extra>{row.recipe}</extra>",
-            }
-        )
-        annotations.append(
-            {
-                "x": math.log10(place),
-                "y": mean + half,
-                "text": broken(row.recipe),
-                "showarrow": False,
-                "yanchor": "bottom",
-                "yshift": 6,
-                "font": {"color": color, "size": 13},
-            }
-        )
-    low, high = min(taken), max(taken)
-    span = max(0.35, 0.25 * math.log10(high / low))
+    tops = [end for row in done if row.metric for end in (row.metric.low, row.metric.high, row.metric.mean) if end is not None]
+    low, high = min(tops), max(tops)
+    traces, annotations = [], []
+    for group in _groups(done):
+        places = [
+            math.exp(math.fsum(math.log(row.cost["trained"]) for row in group) / len(group)) * 1.03**index
+            for index in range(len(group))
+        ]
+        ends = []
+        for row, place in zip(group, places, strict=True):
+            if row.metric is None:
+                continue
+            half, color = row.metric.half_width or 0.0, palette.color(row.recipe)
+            traces.append(
+                {
+                    **points([place], [row.metric.mean], color, size=12),
+                    "error_y": {"array": [half], "color": color, "thickness": 2.5, "width": 0},
+                    "hovertemplate": f"{row.cost['trained']:,.0f} numbers<br>%{{y:.4f}}<extra>{row.recipe}</extra>",
+                }
+            )
+            ends.append((row.recipe, math.log10(places[-1]), row.metric.mean, color))
+        annotations += end_labels(ends, low, high, 360)[1]
+    sizes = [float(row.cost["trained"]) for row in done]
+    span = max(0.3, 0.15 * math.log10(max(sizes) / min(sizes)))
+    left, right = math.log10(min(sizes)) - span, math.log10(max(sizes)) + 2 * span
     return {
         "data": traces,
         "layout": layout(
             460,
-            top=90,
-            xaxis=axis(
-                title="trained numbers, without the head",
-                type="log",
-                range=[math.log10(low) - span, math.log10(high) + span],
-                dtick="D2",
-            ),
+            xaxis=axis(title="trained numbers, without the head", type="log", range=[left, right], **log_ticks(left, right)),
             yaxis=axis(title=found.metric_name),
             annotations=annotations,
         ),
     }
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows whose trained numbers are within a fifth of each other, smallest first."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: row.cost["trained"]):
+        if groups and row.cost["trained"] < 1.2 * groups[-1][0].cost["trained"]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups

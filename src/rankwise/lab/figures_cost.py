@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.lab.plots import COLUMN, FONT, GRID, SOFT, Palette, axis, broken, end_labels, layout, points
+from rankwise.lab.plots import COLUMN, GRID, SOFT, Palette, axis, broken, end_labels, layout, log_ticks, points
 from rankwise.lab.result import ComparisonResult, Row
 from rankwise.lab.terminal import bytes_text
 
@@ -53,13 +53,16 @@ def rates(found: ComparisonResult, palette: Palette) -> Figure | None:
             if rung == 0:
                 ends.append((row.recipe, math.log10(max(scores)), shown[-1] or 0.0, color))
     limit = max(end[1] for end in ends)
+    lowest = math.log10(min(rate for row in found.rows for scores in row.sweep.values() for rate in scores))
     right, annotations = end_labels([(name, limit, height, color) for name, _, height, color in ends], start, ceiling, 360)
     return {
         "data": traces,
         "layout": layout(
             440,
             right=right,
-            xaxis=axis(title="learning rate", type="log", showgrid=False, exponentformat="power", dtick="D2"),
+            xaxis=axis(
+                title="learning rate", type="log", showgrid=False, range=[lowest - 0.1, limit + 0.1], **log_ticks(lowest, limit)
+            ),
             yaxis=axis(title="validation loss"),
             annotations=annotations,
         ),
@@ -129,7 +132,7 @@ def retention(found: ComparisonResult, done: Sequence[Row], palette: Palette) ->
     kept = [row for row in done if row.retention is not None and row.metric is not None]
     if not kept:
         return None
-    traces = []
+    traces, annotations = [], []
     for row in kept:
         assert row.retention is not None
         assert row.metric is not None
@@ -138,20 +141,22 @@ def retention(found: ComparisonResult, done: Sequence[Row], palette: Palette) ->
         traces.append(
             {
                 **place,
-                "mode": "markers+text",
-                "text": [broken(row.recipe)],
-                "textposition": "top right",
-                "textfont": {"color": color, "size": 13, "family": FONT},
                 "error_x": {"array": [row.retention.half_width or 0], "color": color, "thickness": 1.5, "width": 0},
                 "error_y": {"array": [row.metric.half_width or 0], "color": color, "thickness": 1.5, "width": 0},
                 "hovertemplate": f"forgets %{{x:+.4f}}, {found.metric_name} %{{y:.4f}}<extra>{row.recipe}</extra>",
             }
+        )
+        annotations.append(
+            {"x": row.retention.mean, "y": row.metric.mean, "text": broken(row.recipe), "showarrow": False}
+            | {"xanchor": "left", "yanchor": "bottom", "xshift": 8, "yshift": 6, "bgcolor": "rgba(255,255,255,0.75)"}
+            | {"font": {"color": color, "size": 13}}
         )
     return {
         "data": traces,
         "layout": layout(
             440,
             right=120,
+            annotations=annotations,
             xaxis=axis(title="rise of the loss on general text", zeroline=True, zerolinecolor=GRID),
             yaxis=axis(title=found.metric_name),
         ),

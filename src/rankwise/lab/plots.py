@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -36,6 +37,20 @@ def axis(**settings: Any) -> dict[str, Any]:
     if title is not None:
         plain["title"] = {"text": title, "font": {"size": 13, "color": SOFT}, "standoff": 12}
     return {**plain, **settings}
+
+
+def log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks of a log axis from 10**low to 10**high, written out; 1, 2 and 5 of each decade where there are few decades."""
+    leading = (1, 2, 5) if high - low < 2.2 else (1,)
+    values = [lead * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for lead in leading]
+    return {"tickvals": values, "ticktext": [_tick(value) for value in values]}
+
+
+def _tick(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g} {letter}"
+    return f"{value:g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def layout(height: int, *, right: int = 24, top: int = 24, bottom: int = 56, **settings: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from rankwise.core.errors import ArgumentError, CheckpointError
 
+RATES = (1e-30, 1e30)  # learning rates a results file takes
 FILE, LOCK, COMPARISON = "results.sqlite", ".lock", "comparison"
 Record = dict[str, Any]
 
@@ -144,7 +145,7 @@ class Store:
         study.enqueue_trial(numbers, user_attrs=dict(key))
         trial = study.ask(
             fixed_distributions={
-                "learning_rate": kind.FloatDistribution(1e-12, 1e6, log=True),
+                "learning_rate": kind.FloatDistribution(*RATES, log=True),
                 "seed": kind.IntDistribution(0, 2**31),
                 "steps": kind.IntDistribution(1, 10**9),
             }

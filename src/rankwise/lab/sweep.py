@@ -42,7 +42,7 @@ def checked_rates(rates: Sequence[float]) -> list[float]:
         ArgumentError: none, one that is not positive, or one twice.
     """
     found = sorted(float(rate) for rate in rates)
-    if not found or found[0] <= 0 or not all(map(math.isfinite, found)) or len(set(found)) != len(found):
+    if not found or found[0] < 1e-30 or not found[-1] <= 1e30 or len(set(found)) != len(found):
         raise ArgumentError(f"learning rates must be different positive numbers, at least one; got {list(rates)}")
     return found
 

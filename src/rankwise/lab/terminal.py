@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -58,24 +60,36 @@ class Progress:
 def show(found: ComparisonResult, console: Console | None = None) -> None:
     """Prints the table, the sentences and where things are."""
     console = console or Console()
-    console.print(table(found))
+    for part in tables(found, console.width):
+        console.print(part)
     for sentence in found.statements:
         color = "green" if sentence.startswith("Resolved") else "yellow" if sentence.startswith("NOT") else "default"
         console.print(f"[{color}]•[/] {escape(sentence)}")
     console.print(f"\nadapters: {found.out / 'adapters'}\nreport:   {found.report}", soft_wrap=True)
 
 
-def table(found: ComparisonResult) -> Table:
-    """The table, best mean first."""
+def tables(found: ComparisonResult, width: int) -> list[Table]:
+    """The table, best mean first; its costs become a table of their own where the terminal is narrow."""
     retained = any(row.retention is not None for row in found.rows)
-    shown = Table(title=f"{_task(found)}: mean over seeds with 95 % intervals", title_justify="left", pad_edge=False)
-    shown.add_column("recipe", overflow="fold")
-    columns = [found.metric_name, "loss", *(["forgets"] if retained else []), "rate", "trained"]
-    for column in [*columns, "FLOPs", "saved", "s/step", "on disk"]:
+    quality = [found.metric_name, "loss", *(["forgets"] if retained else []), "rate"]
+    costs = ["trained", "FLOPs", "saved", "s/step", "on disk"]
+    title = f"{_task(found)}: means over seeds with 95 % intervals"
+    if width >= 62 + 15 * len(quality):
+        return [_table(found, title, [*quality, *costs], lambda row: [*_quality(row, retained), *_costs(row)])]
+    return [
+        _table(found, title, quality, lambda row: _quality(row, retained)),
+        _table(found, "costs: numbers, multiples of the frozen base, seconds, bytes", costs, _costs),
+    ]
+
+
+def _table(found: ComparisonResult, title: str, columns: list[str], cells: Callable[[Row], list[str]]) -> Table:
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("recipe", overflow="fold", min_width=12)
+    for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
     for row in found.ranked():
-        best = "bold" if row.recipe == found.winner else ""
-        shown.add_row(escape(row.recipe), *(_cells(row, retained)), style=best)
+        filled = cells(row) if row.metric is not None else [f"[red]{escape(row.note)}[/]", *[""] * (len(columns) - 1)]
+        shown.add_row(escape(row.recipe), *filled, style="bold" if row.recipe == found.winner else "")
     return shown
 
 
@@ -84,15 +98,17 @@ def _task(found: ComparisonResult) -> str:
     return " on ".join(named) or "comparison"
 
 
-def _cells(row: Row, retained: bool) -> list[str]:
-    if row.metric is None:
-        return [f"[red]{escape(row.note)}[/]", *[""] * (8 + retained)]
-    forgets = [interval_text(row.retention, signed=True)] if retained else []
+def _quality(row: Row, retained: bool) -> list[str]:
     return [
         interval_text(row.metric) + (f" [red]({row.diverged} diverged)[/]" if row.diverged else ""),
         interval_text(row.loss),
-        *forgets,
+        *([interval_text(row.retention, signed=True)] if retained else []),
         f"{row.learning_rate:.2g}",
+    ]
+
+
+def _costs(row: Row) -> list[str]:
+    return [
         count_text(row.cost["trained"]),
         f"×{row.cost['relative_flops']:.2f}",
         f"×{row.cost['relative_saved_bytes']:.2f}",

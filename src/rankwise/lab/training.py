@@ -2,7 +2,7 @@
 
 Everything that could differ between recipes for other reasons than the recipe is fixed by the seed: the head, the batches and
 their order, and the model's own dropout. The rate rises over the first 6 % of the steps and then falls linearly to zero. A
-loss or a gradient that is not finite ends the run with the outcome "diverged", which is a result and no crash.
+loss or a gradient that is not finite, or a loss a thousand times the first, ends the run with the outcome "diverged", which is a result and no crash.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rankwise.core.statistics import LayerStatistics, Statistic, default_loss
 from rankwise.lab.protocol import Task
 
 WARMUP = 0.06
+EXPLODED = 1000.0  # a loss this many times the first one counts as diverged
 
 
 @dataclass
@@ -120,8 +121,8 @@ def train(
                 group["lr"] = learning_rate * rate_at(step, steps)
             loss = default_loss(model, batch)
             value = float(loss.detach())
-            if not math.isfinite(value):
-                run.failure = f"the loss of step {step} is {value}"
+            if exploded(value, run.curve):
+                run.failure = f"the loss of step {step} is {value:.4g}"
                 break
             run.curve.append(value)
             loss.backward()
@@ -129,7 +130,7 @@ def train(
                 handle.after_backward(lambda batch=batch: default_loss(model, batch).backward())
                 optimizer.step()
                 handle.after_step()
-            except (TrainingError, torch._C._LinAlgError) as error:
+            except (TrainingError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
                 if _all_finite(handle):
                     raise  # not a matter of numbers: a call was forgotten, or a method is used wrongly
                 run.failure = str(error)
@@ -144,6 +145,11 @@ def train(
     if not run.failure and not _all_finite(handle):
         run.failure = "a trained number is not finite after the last step"
     return run
+
+
+def exploded(value: float, curve: Sequence[float]) -> bool:
+    """Whether a loss is not finite, or out of all proportion to the first one."""
+    return not math.isfinite(value) or bool(curve and value > EXPLODED * max(curve[0], 1.0))
 
 
 def rate_at(step: int, steps: int) -> float:

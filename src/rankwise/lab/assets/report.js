@@ -24,5 +24,8 @@
     button.setAttribute("aria-pressed", String(trace.visible !== false));
     button.addEventListener("click", function () { show(button.dataset.figure, button.dataset.show); });
   });
-  Promise.all(drawn).then(function () { root.dataset.drawn = String(drawn.length); });
+  Promise.all(drawn).then(function () { root.dataset.drawn = String(drawn.length);
+    var asked = performance.getEntriesByType("resource").filter(function (entry) { return !/^(data|blob):/.test(entry.name); });
+    root.dataset.requests = String(asked.length);
+  });
 })();
