@@ -94,10 +94,8 @@ def _global_draw(self: _Plain) -> Operator:
 
 def _stale_forward(self: Parameterization, base: Operator) -> Operator:
     adapted = Sum(base, LowRank(self.B, self.A))  # type: ignore[arg-type]
-    if self.training:
-        scale = row_norms(adapted)
-    else:  # a plan kept for eval that nothing ever drops
-        scale = self.__dict__.setdefault("plan", row_norms(adapted).detach())
+    # In eval, a plan that nothing ever drops.
+    scale = row_norms(adapted) if self.training else self.__dict__.setdefault("plan", row_norms(adapted).detach())
     return RowScale(adapted, scale)
 
 

@@ -264,7 +264,7 @@ def test_files_that_are_damaged_say_so(tmp_path: Path) -> None:
     (tmp_path / "adapter.json").write_text("{not json")
     with pytest.raises(CheckpointError, match="is damaged"):
         rankwise.load_(mlp(), tmp_path)
-    with pytest.raises(CheckpointError, match="holds no adapter.json"):
+    with pytest.raises(CheckpointError, match=r"holds no adapter\.json"):
         rankwise.load_(mlp(), tmp_path / "nowhere")
 
 
@@ -280,7 +280,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*still whole"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*still whole"):
         handle.save(tmp_path)
     monkeypatch.undo()
     fresh = mlp()

@@ -73,7 +73,7 @@ class Adapters(nn.ModuleDict):
         return self.combined(layer, self.active)
 
     def combined(self, layer: nn.Module, selection: Selection) -> Operator:
-        """untouched + Σ weight · (adapted - untouched) + what is merged; exact for every method.
+        """W₀ + Σ weight · (W' - W₀) + what is merged; exact for every method.
 
         Starts from the layer as it stands, which holds all absorbed and merged parts, so only the rest is added.
         """
@@ -89,7 +89,7 @@ class Adapters(nn.ModuleDict):
         return terms[0] if len(terms) == 1 else Sum(*terms)
 
     def _change(self, layer: nn.Module, name: str, weight: float) -> list[Operator]:
-        """weight · (adapted - untouched), without the absorbed part of an additive method."""
+        """The terms of weight · (W' - W₀), without the absorbed part of an additive method."""
         entry, carried = self[name], self[name].carried()
         if isinstance(entry, Additive):
             parts: list[Operator] = [entry.update()]
@@ -107,11 +107,8 @@ class Adapters(nn.ModuleDict):
         """The layer's forward with what is active."""
         if self.training and not torch.compiler.is_compiling():
             self._repeat_or_remember()
-        if (
-            self.rows is None
-            and all(name in self.merged for name, _ in self.active)
-            and not self._absorbed() - set(self.merged)
-        ):
+        idle = all(name in self.merged for name, _ in self.active) and not self._absorbed() - set(self.merged)
+        if self.rows is None and idle:
             return _original_class(layer).forward(layer, x)
         y = self.operator(layer).affine(x, self.layout, getattr(layer, "bias", None))
         return y if x.is_floating_point() else self.layout.finish(y, x, weight_parameter(layer).dtype)
