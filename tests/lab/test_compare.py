@@ -143,7 +143,7 @@ def test_divergence_is_an_outcome(tmp_path: Path) -> None:
     assert alone.winner is None
     assert alone.rows[0].diverged == 2
     assert "diverged" in alone.rows[0].note
-    assert "nan" in alone.rows[0].runs[0]["reason"].lower()
+    assert "the loss of step" in alone.rows[0].runs[0]["reason"]
     assert (tmp_path / "alone" / "report.html").is_file()
 
 

@@ -2,7 +2,8 @@
 
 Everything that could differ between recipes for other reasons than the recipe is fixed by the seed: the head, the batches and
 their order, and the model's own dropout. The rate rises over the first 6 % of the steps and then falls linearly to zero. A
-loss or a gradient that is not finite, or a loss a thousand times the first, ends the run with the outcome "diverged", which is a result and no crash.
+loss or a gradient that is not finite, or a loss a thousand times the first, ends the run with the outcome "diverged", which is
+a result and no crash.
 """
 
 from __future__ import annotations
