@@ -10,8 +10,8 @@ svd(op)            thin singular value decomposition; O((m + n) r²) through QR 
 
 from __future__ import annotations
 
-from functools import singledispatch
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -33,10 +33,24 @@ class SVD(NamedTuple):
         return SVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
 
-@singledispatch
-def as_low_rank(operator: Operator) -> LowRank | None:
-    """The exact (B, A) of an operator, or None where it has none narrower than the matrix itself."""
-    return None
+class ExactFactors:
+    """The query `as_low_rank`: one rule per operator class, by a dict, since singledispatch does not compile with fullgraph."""
+
+    def __init__(self) -> None:
+        self.rules: dict[type[Operator], Callable[[Any], LowRank | None]] = {}
+
+    def register(self, rule: Callable[[Any], LowRank | None]) -> Callable[[Any], LowRank | None]:
+        """Adds the rule for the class that annotates its argument."""
+        self.rules[get_type_hints(rule)["operator"]] = rule
+        return rule
+
+    def __call__(self, operator: Operator) -> LowRank | None:
+        """The exact (B, A) of an operator, or None where it has none narrower than the matrix itself."""
+        rule = self.rules.get(type(operator))
+        return None if rule is None else rule(operator)
+
+
+as_low_rank = ExactFactors()
 
 
 @as_low_rank.register
@@ -176,7 +190,7 @@ def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
 def _square_row_norms(base: Base, weight: Tensor) -> Tensor:
     """‖w_i‖² of the frozen layer, kept on the layer until its weight changes."""
     source = base.plain_weight()
-    if source is None or source.requires_grad or source.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or source is None or source.requires_grad or source.is_inference():
         return weight.square().sum(1)
     key = (source.data_ptr(), source._version, weight.dtype, str(source.device))
     cached = base.layer.__dict__.get("_rankwise_square_row_norms")

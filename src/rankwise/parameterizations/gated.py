@@ -11,9 +11,8 @@ replaces A and leaves the zero where the form has it.
 
 Not a pruned LoRA by itself: that is what `adalora` and `sora` on the shelf of schedules do with it.
 
-Zhang, Chen, Bukharin, He, Cheng, Chen, Zhao: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, 2023,
-arXiv:2303.10512. Ding, Lv, Wang, Chen, Zhou, Liu, Sun: Sparse Low-rank Adaptation of Pre-trained Language Models, 2023,
-arXiv:2311.11696.
+Zhang et al.: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, 2023, arXiv:2303.10512. Ding et al.: Sparse
+Low-rank Adaptation of Pre-trained Language Models, 2023, arXiv:2311.11696.
 """
 
 from __future__ import annotations

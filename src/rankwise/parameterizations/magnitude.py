@@ -6,8 +6,9 @@ The inner update is LoRA's s · B A unless `inner` names another additive parame
 the start. The norms are constants for autograd (`detach_norm`), read from the current tensors in every training forward by
 the Gram identity of `core.queries.row_norms`: O(m n r) numbers worked, no (m, n) matrix formed. One magnitude per output: a
 convolution's norm runs over channels and kernel, an embedding's over the tokens. The bias is never scaled. With dropout,
-y = W x + b + (g - 1) ∘ W x̃ + g ∘ U x̃ with g = μ / ‖V‖ and x̃ the thinned input. `direction=False` trains μ alone. A row of W that
-is zero stays zero. Trained numbers r(m + n) + m. Not additive and of full rank, so it exports as LoRA only by truncation.
+y = W x + b + (g - 1) ∘ W x̃ + g ∘ U x̃ with g = μ / ‖V‖ and x̃ the thinned input. `direction=False` trains μ alone. A row of
+W that is zero stays zero. Trained numbers r(m + n) + m. Not additive and of full rank, so it exports as LoRA only by
+truncation.
 
 In eval without gradients g is kept for as long as none of its tensors changes (see `plan.py`).
 
@@ -19,7 +20,6 @@ Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen: DoRA: Weight-Decomposed Low-Rank A
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,17 @@ from torch import Tensor, nn
 
 from rankwise.core.bank import Bank
 from rankwise.core.combinators import Dropped, RowScale, Sum
-from rankwise.core.errors import ArgumentError, Problem
+from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Base, LowRank, Operator
-from rankwise.core.parameterization import Additive, Facts, Parameterization, Site
+from rankwise.core.parameterization import Facts, Site
 from rankwise.core.queries import row_norms
-from rankwise.core.recipe import Piece, piece, register
-from rankwise.parameterizations.lora import LoRA
+from rankwise.core.recipe import Piece, register
+from rankwise.parameterizations.inner import Wrapping, build_inner, inner_piece
 from rankwise.parameterizations.plan import Plan, can_plan
 
 
 @register("parameterization")
-class Magnitude(Parameterization):
+class Magnitude(Wrapping):
     """W' = diag(μ / ‖W + U‖_row) (W + U).
 
     Args:
@@ -51,6 +51,8 @@ class Magnitude(Parameterization):
     """
 
     facts = Facts(additive=False, exact_lora_export=False)
+    own_roles = frozenset({"magnitude"})
+    bank: Bank | None
 
     def __init__(
         self,
@@ -69,54 +71,15 @@ class Magnitude(Parameterization):
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
         self.dropout, self.masks, self.detach_norm = dropout, site.masks, detach_norm
         self.plan, self.n = Plan(), site.n
-        self.__dict__["bank"] = site.bank  # a child of the model's root already
-        chosen = _inner(inner, rank, alpha, scale)
-        self.inner: Parameterization | None = chosen.build(site) if direction else None
+        object.__setattr__(self, "bank", site.bank)  # a child of the model's root already
+        self.inner = build_inner(inner_piece(inner, rank, alpha, scale), site) if direction else None
         if self.inner is not None:
             self.rank, self.scale = self.inner.rank, self.inner.scale
-            if not self.inner.facts.starts_at_base:
-                with torch.no_grad():
-                    self.inner.restart(site)
         self.magnitude = nn.Parameter(site.cast(site.weight().square().sum(1).sqrt()))  # (m,)
-
-    @classmethod
-    def roles_of(cls, **arguments: Any) -> frozenset[str]:
-        method, inside = _of(arguments)
-        return frozenset({"magnitude"}) | (method.roles_of(**inside) if arguments.get("direction", True) else frozenset())
-
-    @classmethod
-    def start_kinds(cls, **arguments: Any) -> frozenset[str]:
-        method, inside = _of(arguments)
-        return method.start_kinds(**inside) if arguments.get("direction", True) else frozenset()
-
-    @classmethod
-    def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
-        method, inside = _of(arguments)
-        return method.width_of(m, n, **inside) if arguments.get("direction", True) else None
-
-    @classmethod
-    def shared(cls, sites: Sequence[Site], **arguments: Any) -> Bank | None:
-        method, inside = _of(arguments)
-        return method.shared(sites, **inside)
-
-    @classmethod
-    def problems_at(cls, site: Site, **arguments: Any) -> list[Problem]:
-        method, inside = _of(arguments)
-        name, kinds, kind = f"Magnitude(inner={method.__name__})", method.facts.layouts, site.layout.kind
-        found = list(method.problems_at(site, **inside))
-        if not issubclass(method, Additive):
-            remedy = "use lora, rslora, vera, lora_xs, flora_core, gated_lora or bone(mode='miss')"
-            needs, has = "an additive inner method, W + update", f"{method.__name__} is not additive"
-            found.append(Problem(piece=name, needs=needs, has=has, remedy=remedy, sites=(site.name,)))
-        if kind not in kinds:
-            needs, has = f"a layer of kind {', '.join(sorted(kinds))}", f"this one is of kind {kind}"
-            remedy = "leave it out with where=, or take another inner method"
-            found.append(Problem(piece=name, needs=needs, has=has, remedy=remedy, sites=(site.name,)))
-        return found
 
     def update(self) -> Operator:
         if self.inner is not None:
-            return self.inner.update()
+            return super().update()
         nothing = self.magnitude.new_zeros(self.magnitude.shape[0], 0)  # (m, 0)
         return LowRank(nothing, nothing.new_zeros(0, self.n))
 
@@ -158,20 +121,10 @@ class Magnitude(Parameterization):
         sources = [weight, *self.parameters(), *self.buffers(), *shared]
         return sources if can_plan(sources) else None
 
-    def load_factors(self, factors: LowRank) -> None:
-        if self.inner is None:
-            super().load_factors(factors)
-        else:
-            self.inner.load_factors(factors)
-
     def refresh(self, base: Operator) -> None:
         if self.inner is not None:
             self.inner.refresh(base)
         self.magnitude.copy_(row_norms(self._direction(base)))
-
-    def restart(self, site: Site) -> None:
-        if self.inner is not None:
-            self.inner.restart(site)
 
     def train(self, mode: bool = True) -> Magnitude:
         self.plan.drop()
@@ -180,18 +133,3 @@ class Magnitude(Parameterization):
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         self.plan.drop()
         super()._load_from_state_dict(*arguments, **keywords)
-
-
-def _inner(inner: Piece | None, rank: int | None, alpha: float | None, scale: str) -> Piece:
-    """The inner piece; a rank beside it replaces its own."""
-    if inner is None:
-        return piece(LoRA, rank=8 if rank is None else rank, alpha=alpha, scale=scale)
-    if alpha is not None or scale != "lora":
-        raise ArgumentError(f"alpha and scale belong to the inner method: write inner={inner.name}(…, alpha=…)")
-    return inner if rank is None else Piece(inner.shelf, inner.name, {**inner.arguments, "rank": rank})
-
-
-def _of(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The inner method and its arguments, out of those of `Magnitude`."""
-    chosen = _inner(*(arguments.get(key) for key in ("inner", "rank", "alpha")), arguments.get("scale", "lora"))
-    return chosen.factory, dict(chosen.arguments)

@@ -42,8 +42,12 @@ class SharedBank(Additive):
         dropout: probability of dropping an input of the update's branch.
         train: "both" vectors, or "d" or "b" alone.
         share: one pair (A, B) for all layers, or one per layer.
-        save_projections: keep A and B in checkpoints, instead of their seed and hash.
+        save_projections: keep A and B in checkpoints, instead of their seed and hash (always, where they are not shared).
     """
+
+    b: Tensor
+    d: Tensor
+    bank: Bank | None
 
     def __init__(
         self,
@@ -69,9 +73,10 @@ class SharedBank(Additive):
             else:
                 self.register_buffer(role, vector + 1 if role == "b" else vector)
         # The model's root holds the shared bank as a child; a bank of the layer's own is a child here.
-        self.__dict__["bank"] = site.bank if share else None
+        object.__setattr__(self, "bank", site.bank if share else None)
         if not share:
-            self.own_bank = _draw([site], rank, site.generator("bank").initial_seed(), save_projections)
+            seed = int(torch.randint(2**31, (1,), generator=site.generator("bank")))
+            self.own_bank = _draw([site], rank, seed, stored=True)
 
     @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:

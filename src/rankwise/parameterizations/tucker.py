@@ -2,18 +2,19 @@
 
     W' = W + s · core ×₁ P_out ×₂ P_in ×₃ P_kernel0 ×₄ P_kernel1 …     core (j_out, j_in, j_k…), P_mode (size, j), all trained
 
-A linear layer has two modes: s · P_out core P_inᵀ. The core starts at zero, so W' = W; P_mode ~ N(0, 1 / (2 j)), and only the core
-has a gradient at first. s is a plain constant, not divided by a rank. j_out = j_in = r and j_k = `kernel_rank`, never more than
-the mode's own size (a 1×1 kernel has j_k = 1). In a grouped convolution the input mode is in/groups. Trained numbers
-∏ j + Σ size · j. Exactly LoRA of rank j_out on the flattened matrix. A convolution runs as three small ones: down to j_in
-channels, the kernel between j_in and j_out, up to the outputs.
+A linear layer has two modes: s · P_out core P_inᵀ. The core starts at zero, so W' = W; P_mode ~ N(0, 1 / (2 j)), and only
+the core has a gradient at first. s is a plain constant, not divided by a rank. j_out = j_in = r and j_k = `kernel_rank`,
+never more than the mode's own size (a 1×1 kernel has j_k = 1). In a grouped convolution the input mode is in/groups.
+Trained numbers ∏ j + Σ size · j. Exactly LoRA of rank j_out on the flattened matrix. A convolution runs as three small
+ones: down to j_in channels, the kernel between j_in and j_out, up to the outputs. It has a start of its own: the A of
+another start is no Tucker form of a kernel.
 
 Not the federated FLoRA, nor Fast LoRA, which share the name.
 
 *Differs* from the release: an embedding has two modes like a linear layer (the release adds one vector to every token), and
 groups work.
 
-Si, Wang, Yang, Xu, Li, Dai, Qiao, Yang, Shen: FLoRA: Low-Rank Core Space for N-dimension, 2024, arXiv:2405.14739.
+Si et al.: FLoRA: Low-Rank Core Space for N-dimension, 2024, arXiv:2405.14739.
 """
 
 from __future__ import annotations
