@@ -11,7 +11,7 @@ svd(op)            thin singular value decomposition; O((m + n) r²) through QR 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_type_hints
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,47 +33,48 @@ class SVD(NamedTuple):
         return SVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
 
-class ExactFactors:
-    """The query `as_low_rank`: one rule per operator class, by a dict, since singledispatch does not compile with fullgraph."""
-
-    def __init__(self) -> None:
-        self.rules: dict[type[Operator], Callable[[Any], LowRank | None]] = {}
-
-    def register(self, rule: Callable[[Any], LowRank | None]) -> Callable[[Any], LowRank | None]:
-        """Adds the rule for the class that annotates its argument."""
-        self.rules[get_type_hints(rule)["operator"]] = rule
-        return rule
-
-    def __call__(self, operator: Operator) -> LowRank | None:
-        """The exact (B, A) of an operator, or None where it has none narrower than the matrix itself."""
-        rule = self.rules.get(type(operator))
-        return None if rule is None else rule(operator)
+_narrow: dict[type[Operator], Callable[..., LowRank | None]] = {}
 
 
-as_low_rank = ExactFactors()
+def narrow_form(kind: type[Operator]) -> Callable[[Callable[..., LowRank | None]], Callable[..., LowRank | None]]:
+    """Registers how `as_low_rank` works for a kind of operator; functools.singledispatch cannot be compiled."""
+
+    def keep(function: Callable[..., LowRank | None]) -> Callable[..., LowRank | None]:
+        _narrow[kind] = function
+        return function
+
+    return keep
 
 
-@as_low_rank.register
+def as_low_rank(operator: Operator) -> LowRank | None:
+    """The exact (B, A) of an operator, or None where it has none narrower than the matrix itself."""
+    for kind in type(operator).__mro__:
+        if kind in _narrow:
+            return _narrow[kind](operator)
+    return None
+
+
+@narrow_form(LowRank)
 def _(operator: LowRank) -> LowRank | None:
     return operator
 
 
-@as_low_rank.register
+@narrow_form(Chain)
 def _(operator: Chain) -> LowRank | None:
     return operator.narrowest() if len(operator.factors) > 1 else None
 
 
-@as_low_rank.register
+@narrow_form(Tucker)
 def _(operator: Tucker) -> LowRank | None:
     return LowRank(operator.factors[0], operator.unfolded(), operator.scale)
 
 
-@as_low_rank.register
+@narrow_form(TensorTrain)
 def _(operator: TensorTrain) -> LowRank | None:
     return LowRank(*operator.halves(), operator.scale)
 
 
-@as_low_rank.register
+@narrow_form(Sum)
 def _(operator: Sum) -> LowRank | None:
     parts = [as_low_rank(term) for term in operator.terms]
     exact = [part.folded() for part in parts if part is not None]
@@ -82,7 +83,7 @@ def _(operator: Sum) -> LowRank | None:
     return LowRank(torch.cat([part.B for part in exact], dim=1), torch.cat([part.A for part in exact], dim=0))
 
 
-@as_low_rank.register
+@narrow_form(Scaled)
 def _(operator: Scaled) -> LowRank | None:
     inner = as_low_rank(operator.inner)
     if inner is None:
@@ -92,19 +93,19 @@ def _(operator: Scaled) -> LowRank | None:
     return LowRank(inner.B * operator.factor, inner.A, inner.scale)
 
 
-@as_low_rank.register
+@narrow_form(RowScale)
 def _(operator: RowScale) -> LowRank | None:
     inner = as_low_rank(operator.inner)
     return None if inner is None else LowRank(operator.scale[:, None] * inner.B, inner.A, inner.scale)
 
 
-@as_low_rank.register
+@narrow_form(ColumnScale)
 def _(operator: ColumnScale) -> LowRank | None:
     inner = as_low_rank(operator.inner)
     return None if inner is None else LowRank(inner.B, inner.A * operator.scale, inner.scale)
 
 
-@as_low_rank.register
+@narrow_form(Dropped)
 def _(operator: Dropped) -> LowRank | None:
     return as_low_rank(operator.inner)
 
@@ -190,7 +191,7 @@ def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
 def _square_row_norms(base: Base, weight: Tensor) -> Tensor:
     """‖w_i‖² of the frozen layer, kept on the layer until its weight changes."""
     source = base.plain_weight()
-    if torch.compiler.is_compiling() or source is None or source.requires_grad or source.is_inference():
+    if source is None or source.requires_grad or source.is_inference() or torch.compiler.is_compiling():
         return weight.square().sum(1)
     key = (source.data_ptr(), source._version, weight.dtype, str(source.device))
     cached = base.layer.__dict__.get("_rankwise_square_row_norms")
