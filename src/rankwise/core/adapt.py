@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core import merge
-from rankwise.core.bank import Bank
+from rankwise.core.bank import Bank, Banks
 from rankwise.core.bindings import activate_, adapted_layers, attach, detach
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import ArgumentError, RecipeError, TargetError, did_you_mean, shorten
@@ -217,7 +217,7 @@ def _attach_bank(model: nn.Module, recipe: Recipe, sites: Mapping[str, Site], na
     if bank is None:
         return
     if BANKS not in model._modules:
-        model.add_module(BANKS, nn.ModuleDict())
+        model.add_module(BANKS, Banks())
     model._modules[BANKS][name] = bank  # type: ignore[index]
 
 
