@@ -19,8 +19,8 @@ WIDEN = 4  # runs added at an edge
 
 # Rates from which tuned runs of small and medium models start out: Adam's on factors is about ten times full fine-tuning's,
 # vectors and small frozen-basis cores want more, plain SGD much more since its steps are not normalized.
-_BY_PARAMETERIZATION = {"Full": 1e-4, "VeRA": 1e-2, "LoRAXS": 3e-3, "FloraCore": 1e-3, "Bone": 3e-4}
-_BY_STEP = {"sgd": 100.0, "scaled_gd": 1.0, "galore": 3.0, "reflora": 1.0, "lora_plus": 0.3}
+_BY_PARAMETERIZATION = {"Full": 1e-4, "SharedBank": 1e-2, "SmallCore": 3e-3, "TuckerCore": 3e-3}
+_BY_STEP = {"sgd": 100.0, "galore": 3.0, "lora_plus": 0.3}
 _DEFAULT = 1e-3
 
 
