@@ -191,7 +191,7 @@ def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
 def _square_row_norms(base: Base, weight: Tensor) -> Tensor:
     """‖w_i‖² of the frozen layer, kept on the layer until its weight changes."""
     source = base.plain_weight()
-    if source is None or source.requires_grad or source.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or source is None or source.requires_grad or source.is_inference():
         return weight.square().sum(1)
     key = (source.data_ptr(), source._version, weight.dtype, str(source.device))
     cached = base.layer.__dict__.get("_rankwise_square_row_norms")
