@@ -162,7 +162,44 @@ class Recipe:
     def problems(self, sites: Iterable[Site] = (), collected: Iterable[Statistic] | None = None) -> list[Problem]:
         """Every reason why the recipe is illegal, on these sites if given. Empty means legal."""
         sites = list(sites)
-        return [*self._role_problems(), *self._start_problems(collected), *self._site_problems(sites)]
+        return [
+            *self._role_problems(),
+            *self._gate_problems(),
+            *self._restart_problems(),
+            *self._start_problems(collected),
+            *self._site_problems(sites),
+        ]
+
+    def _gate_problems(self) -> list[Problem]:
+        method, arguments = self._parameterization_class, self.parameterization.arguments
+        if self.schedule is None or not self.schedule.factory.shrinks_gates or "gate" not in self.roles:  # type: ignore[attr-defined]
+            return []
+        opened = self.start is not None and self.start.build().kind == PRODUCT
+        if opened or method.gate_starts_open(**arguments):
+            return []
+        return [
+            Problem(
+                piece=f"schedule {self.schedule.name}",
+                needs="gates that start away from zero, since it pulls them there",
+                has=f"those of {self.parameterization} start at zero and would never leave",
+                remedy="use gated_lora(form='sora'), or a start that opens the gates (pissa)",
+            )
+        ]
+
+    def _restart_problems(self) -> list[Problem]:
+        method = self._parameterization_class
+        if self.procedure is None or not self.procedure.factory.restarts:  # type: ignore[attr-defined]
+            return []
+        if method.restarts(**self.parameterization.arguments):
+            return []
+        return [
+            Problem(
+                piece=f"procedure {self.procedure.name}",
+                needs="a parameterization that can be absorbed into the weight and begin again at zero",
+                has=f"{self.parameterization.name} cannot",
+                remedy="use an additive parameterization of low rank (lora, rslora, lora_fa), or drop it",
+            )
+        ]
 
     def _role_problems(self) -> list[Problem]:
         method, roles = self.parameterization.name, self.roles
