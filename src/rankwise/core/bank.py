@@ -17,6 +17,14 @@ from rankwise.core.errors import CheckpointError
 from rankwise.core.randomness import generator_for
 
 
+class Banks(nn.ModuleDict):
+    """The banks of a model by adapter name, a child of its root."""
+
+    def forward(self, x: Any) -> Any:
+        """Gives its input: a Sequential calls all of its children."""
+        return x
+
+
 class Bank(nn.Module):
     """Shared tensors by name. Frozen ones are buffers, trained ones parameters.
 
@@ -61,6 +69,14 @@ class Bank(nn.Module):
                 f"the shared tensors drawn here ({here}) are not those of the file ({dict(described)}); the adapter must be "
                 "loaded onto the same layers, with a torch that draws the same numbers from the same seed"
             )
+
+
+class Banks(nn.ModuleDict):
+    """The banks of a model by adapter name. As the last child of an nn.Sequential it passes on what it is given."""
+
+    def forward(self, x: Any) -> Any:
+        """The input as it is."""
+        return x
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

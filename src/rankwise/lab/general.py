@@ -26,7 +26,7 @@ def general_text() -> tuple[str, list[str]]:
         from pydoc_data.topics import topics
 
         text, name = "\n".join(topics[key] for key in sorted(topics)), "Python's reference texts"
-    starts = random.Random(0).sample(range(0, len(text) - PIECE_LENGTH), PIECES)
+    starts = random.Random(0).sample(range(len(text) - PIECE_LENGTH), PIECES)
     return name, [" ".join(text[start : start + PIECE_LENGTH].split()) for start in starts]
 
 

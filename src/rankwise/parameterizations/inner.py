@@ -45,8 +45,8 @@ class Wrapping(Parameterization):
     @classmethod
     def _inside(cls, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The inner class and its arguments."""
-        named = (arguments.get(key) for key in ("inner", "rank", "alpha"))
-        chosen = inner_piece(*named, arguments.get("scale", "lora"))
+        inner, rank, alpha = (arguments.get(key) for key in ("inner", "rank", "alpha"))
+        chosen = inner_piece(inner, rank, alpha, arguments.get("scale", "lora"))
         return chosen.factory, dict(chosen.arguments)
 
     @classmethod

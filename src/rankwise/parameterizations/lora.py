@@ -57,6 +57,9 @@ class LoRA(Additive):
         freeze_output: keep B at random orthonormal columns and train A from 0, the control of the asymmetry paper.
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(
         self,
         site: Site,
