@@ -89,12 +89,12 @@ def test_resize_to_nothing_trains_on_and_loads_again(tmp_path) -> None:
 def test_state_that_belongs_to_the_old_directions_is_begun_again() -> None:
     problem, handle, optimizer = trained(GATED)
     A = handle.parameterization("0").roles()["A"]
-    optimizer.state[A]["0.preconditioner"] = torch.eye(4, dtype=torch.float64)
+    optimizer.state[A]["adamw.preconditioner"] = torch.eye(4, dtype=torch.float64)
     handle.apply_({"0": Resize(torch.tensor([True, True, False, True]))})
     new = handle.parameterization("0").roles()["A"]
     assert not optimizer.state.get(new)
     problem.train(handle, optimizer, 2, first=3)
-    assert optimizer.state[new]["0.exp_avg"].shape == (3, 6)
+    assert optimizer.state[new]["adamw.exp_avg"].shape == (3, 6)
 
 
 def test_resize_inside_dora() -> None:
@@ -128,7 +128,7 @@ def test_restart_keeps_the_function_and_prunes_moments(moments) -> None:
     problem.model.eval()
     x = problem.batches[0][0]
     before, update = problem.model(x).detach(), handle.update_of("0").dense().detach()
-    counter = float(optimizer.state[handle.parameterization("0").roles()["A"]]["0.step"])
+    counter = float(optimizer.state[handle.parameterization("0").roles()["A"]]["adamw.step"])
     problem.model.train()  # the update is read without its dropout
     handle.apply_(dict.fromkeys(handle.targets, Restart(moments)))
     problem.model.eval()
@@ -136,9 +136,9 @@ def test_restart_keeps_the_function_and_prunes_moments(moments) -> None:
     torch.testing.assert_close(handle.update_of("0").dense(), update, rtol=1e-12, atol=1e-12)
     for role, tensor in handle.parameterization("0").roles().items():
         state = optimizer.state[tensor]
-        assert float(state["0.step"]) == counter == 3
+        assert float(state["adamw.step"]) == counter == 3
         assert bool(tensor.any()) == (role == "A")
-        for name in ("0.exp_avg", "0.exp_avg_sq"):
+        for name in ("adamw.exp_avg", "adamw.exp_avg_sq"):
             expected = 0 if moments == "reset" else round(0.25 * tensor.numel())
             assert int((state[name] != 0).sum()) == expected
 

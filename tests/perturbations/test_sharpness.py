@@ -159,7 +159,7 @@ def test_balancedness_drifts_as_the_theory_says() -> None:
     sam.move(made, learning_rate=1.0)
     s_x, s_y = gradients()
     sam.restore(made)
-    drift = float(-(x * s_x).sum() + (y * s_y).sum())
+    drift = float(-(x.detach() * s_x).sum() + (y.detach() * s_y).sum())
     expected = float(rho * (g_x.square().sum() - g_y.square().sum()) / (g_x.square().sum() + g_y.square().sum()).sqrt())
     assert abs(drift - expected) < 5e-3 * abs(expected)
 

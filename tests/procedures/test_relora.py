@@ -94,7 +94,7 @@ def test_first_step_after_a_reset_has_the_size_the_spec_states() -> None:
         tensor = handle.parameterization("0").roles()["B"]
         for site in handle.targets:  # as after a long run, where the bias correction is over
             for parameter in handle.parameterization(site).roles().values():
-                optimizer.state[parameter]["0.step"].fill_(1e6)
+                optimizer.state[parameter]["adamw.step"].fill_(1e6)
         assert not tensor.any()
         problem.train(handle, optimizer, 1, first=30)
         torch.testing.assert_close(tensor.detach().abs() / 1e-3, torch.full_like(tensor, size), rtol=2e-3, atol=1e-3)

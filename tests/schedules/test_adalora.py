@@ -140,12 +140,12 @@ def test_a_whole_run_reaches_the_target_and_exports_at_the_rank_left(text: str) 
     problem = Regression()
     handle = problem.adapt(text.format("total_steps=20, warmup_steps=4, final_steps=4"))
     optimizer = handle.optimizer(lr=0.05)
-    first = float(problem.loss(problem.batches[0]))
+    first = problem.loss(problem.batches[0]).item()
     problem.train(handle, optimizer, 20)
     assert handle.unfinished() is None
     gates = [block["gate"] for block in handle.blocks().values()]
     assert sum(int((gate != 0).sum()) for gate in gates) == 4
-    assert float(problem.loss(problem.batches[0])) < first
+    assert problem.loss(problem.batches[0]).item() < first
     before = problem.model(problem.batches[0][0]).detach()
     left = prune(handle)
     assert sum(left.values()) == 4
