@@ -118,6 +118,9 @@ def test_masks_follow_the_budget_the_interval_and_freeze_at_the_end() -> None:
     expected = {t: cubic_budget(t, start=12, target=3, total_steps=12, warmup_steps=2, final_steps=3) for t in (4, 6, 8)}
     assert kept == [None, None, None, expected[4], None, expected[6], None, expected[8], 3, 3, 3, 3, 3]
     assert all(torch.equal(patterns[8], later) for later in patterns[9:])
+    scores = schedule.scores("x")
+    schedule.decide(8, blocks, learning_rate=0.1)  # step 9 of 12 - 3: scores are frozen from here on
+    assert torch.equal(schedule.scores("x"), scores)
 
 
 def test_a_masked_rank_comes_back_until_the_last_mask() -> None:
