@@ -116,10 +116,12 @@ class RankSchedule(ABC):
     Attributes:
         roles: trained tensors it needs.
         shrinks_gates: whether it pulls gates to zero, so that one starting there would never leave.
+        prunes: whether it cuts directions away, which a start that moved a part of the weight into them does not survive.
     """
 
     roles: ClassVar[frozenset[str]] = frozenset()
     shrinks_gates: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
 
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (most add nothing)
         """After backward: may add the gradient of a regularizer to `.grad`."""

@@ -174,15 +174,14 @@ class Recipe:
         method, arguments = self._parameterization_class, self.parameterization.arguments
         if self.schedule is None or not self.schedule.factory.shrinks_gates or "gate" not in self.roles:  # type: ignore[attr-defined]
             return []
-        opened = self.start is not None and self.start.build().kind == PRODUCT
-        if opened or method.gate_starts_open(**arguments):
+        if method.gate_starts_open(**arguments):
             return []
         return [
             Problem(
                 piece=f"schedule {self.schedule.name}",
                 needs="gates that start away from zero, since it pulls them there",
                 has=f"those of {self.parameterization} start at zero and would never leave",
-                remedy="use gated_lora(form='sora'), or a start that opens the gates (pissa)",
+                remedy="use gated_lora(form='sora')",
             )
         ]
 
@@ -256,6 +255,16 @@ class Recipe:
                     needs=f"a parameterization that can hold {what}",
                     has=f"{method} {'has a start of its own' if not kinds else 'holds only ' + ', '.join(sorted(kinds))}",
                     remedy="use lora, rslora or dora (lora_xs for a product), or drop this start",
+                )
+            )
+        prunes = self.schedule is not None and self.schedule.factory.prunes  # type: ignore[attr-defined]
+        if start.kind == PRODUCT and prunes and self.schedule is not None:
+            found.append(
+                Problem(
+                    piece=f"schedule {self.schedule.name}",
+                    needs="directions that can be pruned without loss",
+                    has=f"start {self.start.name} puts a part of the weight into every direction, which pruning throws away",
+                    remedy="use a start with B = 0 (eva, nystrom_nora), or drop one of the two",
                 )
             )
         missing = sorted(item.value for item in self.needs - frozenset(collected or ())) if collected is not None else []

@@ -50,6 +50,7 @@ class AdaLoRA(RankSchedule):
     """
 
     roles: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate"})
+    prunes: ClassVar[bool] = True
 
     def __init__(
         self,
