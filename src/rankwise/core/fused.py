@@ -4,7 +4,7 @@
 
 Plain autograd would pass over the (T, m) output twice more in forward and the (T, n) input gradient once more in backward.
 Here the update is accumulated by the matrix product itself, the scale touches only (T, r) numbers, and what is kept for
-backward is x (shared with the layers that read the same x) and z = A x.
+backward is x (shared with the layers that read the same x) and z = A x; with A frozen, z alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,15 @@ class _LowRankLinear(torch.autograd.Function):
         z = branch @ A.t()  # (T, r)
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())  # (T, m)
         y.addmm_(z, B.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, B, A, z, mask)
+        need_x, _, _, need_B, need_A, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_A else None,  # with A frozen (LoRA-FA) no (T, n) tensor is kept
+            weight if need_x else None,
+            B if need_A or need_x else None,
+            A if need_x else None,
+            z if need_B else None,
+            mask if need_A or need_x else None,
+        )
         ctx.scale = scale
         return y
 

@@ -114,7 +114,7 @@ def row_norms(operator: Operator) -> Tensor:
     B, A = _wide(pair.B), _wide(pair.A)
     cross = ((W @ A.t()) * B).sum(1)  # (m,)
     square = ((B @ (A @ A.t())) * B).sum(1)  # (m,)
-    return (_square_row_norms(base, W) + 2 * cross + square).clamp_min(0).sqrt()
+    return _root(_square_row_norms(base, W) + 2 * cross + square)
 
 
 def column_norms(operator: Operator) -> Tensor:
@@ -126,7 +126,7 @@ def column_norms(operator: Operator) -> Tensor:
     B, A = _wide(pair.B), _wide(pair.A)
     cross = ((B.t() @ W) * A).sum(0)  # (n,)
     square = (((B.t() @ B) @ A) * A).sum(0)  # (n,)
-    return (W.square().sum(0) + 2 * cross + square).clamp_min(0).sqrt()
+    return _root(W.square().sum(0) + 2 * cross + square)
 
 
 def frobenius(operator: Operator) -> Tensor:
@@ -160,6 +160,12 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def _root(square: Tensor) -> Tensor:
+    """√square where it is positive, 0 elsewhere (rounding, rows of zeros), with gradient 0 there instead of NaN."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
 def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
     """The frozen base and the low-rank rest of a sum, or None for what is not of that form."""
     if not isinstance(operator, Sum) or not isinstance(operator.terms[0], Base) or len(operator.terms) < 2:
@@ -170,7 +176,7 @@ def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
 def _square_row_norms(base: Base, weight: Tensor) -> Tensor:
     """‖w_i‖² of the frozen layer, kept on the layer until its weight changes."""
     source = base.plain_weight()
-    if source is None or source.requires_grad or torch.compiler.is_compiling():
+    if source is None or source.requires_grad or source.is_inference() or torch.compiler.is_compiling():
         return weight.square().sum(1)
     key = (source.data_ptr(), source._version, weight.dtype, str(source.device))
     cached = base.layer.__dict__.get("_rankwise_square_row_norms")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rankwise.core.layouts import Layout, LinearLayout
+from rankwise.core.layouts import ConvLayout, Layout, LinearLayout
 from rankwise.core.operators import Operator, compute_dtype
 
 
@@ -86,10 +88,14 @@ class Tucker(Operator):
 
     def unfolded(self) -> Tensor:
         """A (j_out, n): the core expanded in every mode but the output's, small modes first."""
+        return self._expanded(range(1, self.core.dim())).reshape(self.core.shape[0], -1)
+
+    def _expanded(self, modes: Iterable[int]) -> Tensor:
+        """The core with some modes expanded to full size, small ones first."""
         tensor = self.core
-        for mode in sorted(range(1, self.core.dim()), key=lambda k: self.factors[k].shape[0]):
+        for mode in sorted(modes, key=lambda k: self.factors[k].shape[0]):
             tensor = (tensor.movedim(mode, -1) @ self.factors[mode].t()).movedim(-1, mode)
-        return tensor.reshape(tensor.shape[0], -1)
+        return tensor
 
     def dense(self) -> Tensor:
         return (self.factors[0] @ self.unfolded()) * self.scale
@@ -98,6 +104,11 @@ class Tucker(Operator):
         dtype = compute_dtype(x, self.core.dtype)
         if len(self.factors) == 2:  # three thin products instead of one (j_out, n)
             z = layout.mix(layout.project(x, self.factors[1].t().to(dtype)), self.core.to(dtype))
+        elif isinstance(layout, ConvLayout) and self.core.shape[1] < layout.channels:
+            # A pointwise step down to j_in channels commutes with padding, so the kernel meets j_in channels only.
+            narrow = replace(layout, channels=self.core.shape[1])
+            kernel = self._expanded(range(2, self.core.dim()))  # (j_out, j_in, kernel…)
+            z = narrow.project(layout.mix(x.to(dtype), self.factors[1].t().to(dtype)), kernel.flatten(1).to(dtype))
         else:
             z = layout.project(x, self.unfolded().to(dtype))
         return layout.expand(z if self.scale == 1.0 else z * self.scale, self.factors[0].to(dtype))
