@@ -197,6 +197,8 @@ def load_(
         if not any_base:
             check_fingerprint(description["fingerprint"], handle.fingerprint(), source=str(folder))
         if handle.bank is not None:
+            if (description["bank"] or {}).get("seed") is None:
+                handle.bank.store_()
             handle.bank.check(description["bank"] or {})
         _fill(handle, tensors, sites, folder)
     except BaseException:
