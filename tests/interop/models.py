@@ -21,6 +21,7 @@ def llama(layers: int = 2, seed: int = 0, **settings: object) -> nn.Module:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=32,
+            initializer_range=0.2,
             **settings,
         )
         return LlamaForCausalLM(config)

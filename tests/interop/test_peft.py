@@ -352,7 +352,7 @@ def test_an_embedding_of_its_own_is_refused(tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), config)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     rw.interop.from_peft(llama(), tmp_path)
-    with pytest.raises(CheckpointError, match="brings its own weight for model.embed_tokens"):
+    with pytest.raises(CheckpointError, match="brings its own weight for model"):
         rw.interop.from_peft(llama(seed=9), tmp_path)
 
 
