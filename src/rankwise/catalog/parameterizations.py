@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from rankwise.core.catalog import Reference, entry
+from rankwise.core.errors import ArgumentError
 from rankwise.core.recipe import Piece, Recipe, piece
+from rankwise.parameterizations.block_affine import BlockAffine
 from rankwise.parameterizations.full import Full
+from rankwise.parameterizations.gated import GatedLoRA
 from rankwise.parameterizations.lora import LoRA
+from rankwise.parameterizations.magnitude import Magnitude
+from rankwise.parameterizations.shard_share import ShardShare
+from rankwise.parameterizations.shared_bank import SharedBank
+from rankwise.parameterizations.small_core import SmallCore
+from rankwise.parameterizations.tucker import TuckerCore
 from rankwise.steps.moments import adamw
 
 OWN = frozenset({"parameterization"})
@@ -50,6 +58,223 @@ def lora(
 def rslora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Recipe:
     """LoRA with the scale α/√r, under which learning does not slow down as the rank grows."""
     return adapter(piece(LoRA, rank=rank, alpha=alpha, dropout=dropout, scale="rslora"), name="rslora")
+
+
+@entry(
+    "parameterization",
+    title="LoRA-FA",
+    formula="W + s·B A, A frozen",
+    reference=Reference("Zhu et al.", "Asymmetry in Low-Rank Adapters of Foundation Models", 2024, "2402.16842"),
+    trained="r·m",
+    cost="2r(m + n) FLOPs per token; no input kept for backward",
+    merges="exact",
+    exports="exact at rank r",
+    when="When activation memory is short: twice the rank of LoRA for the same trained numbers.",
+    tiny={"rank": 2},
+)
+def lora_fa(
+    *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, input_start: str = "orthonormal", train: str = "B"
+) -> Recipe:
+    """LoRA with a frozen random A, so that only B is trained."""
+    if train not in ("A", "B"):
+        raise ArgumentError(f"lora_fa trains B, or A as the control of the paper; train={train!r} is neither")
+    if train == "A":
+        if input_start != "orthonormal":
+            raise ArgumentError("with train='A' A starts at 0 and B is orthonormal; leave out input_start")
+        return adapter(piece(LoRA, rank=rank, alpha=alpha, dropout=dropout, freeze_output=True), name="lora_fa")
+    return adapter(
+        piece(LoRA, rank=rank, alpha=alpha, dropout=dropout, input_start=input_start, freeze_input=True), name="lora_fa"
+    )
+
+
+@entry(
+    "parameterization",
+    title="DoRA",
+    formula="diag(μ / ‖V‖_row) V,  V = W + s·B A",
+    reference=Reference("Liu et al.", "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, "2402.09353"),
+    trained="r(m + n) + m",
+    cost="2r(m + n) + 2m FLOPs per token, and 2mnr for the norms once per forward",
+    merges="exact",
+    exports="not of low rank: the rows are scaled; the best rank-r substitute with its error",
+    when="When LoRA at the same rank falls short of full fine-tuning; often matches it at half the rank.",
+    tiny={"rank": 2},
+)
+def dora(
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    scale: str = "lora",
+    dropout: float = 0.0,
+    detach_norm: bool = True,
+    inner: Recipe | Piece | None = None,
+    direction: bool = True,
+) -> Recipe:
+    """Trains the length of every weight row by itself, and its direction by LoRA (rank 8) or another additive method."""
+    if isinstance(inner, Recipe):
+        others = sorted(inner.own - OWN)
+        if others or "parameterization" not in inner.own:
+            raise ArgumentError(
+                f"inner= takes a parameterization; {inner.name} decides {', '.join(others) or 'none'}. "
+                f"Compose instead: 'dora + {inner.name}'"
+            )
+        inner = inner.parameterization
+    if not direction and (inner is not None or rank is not None or alpha is not None):
+        raise ArgumentError("direction=False trains the magnitudes alone, so inner, rank and alpha would have no effect")
+    chosen = piece(
+        Magnitude,
+        inner=inner,
+        rank=8 if rank is None and inner is None and direction else rank,
+        alpha=alpha,
+        scale=scale,
+        dropout=dropout,
+        detach_norm=detach_norm,
+        direction=direction,
+    )
+    return adapter(chosen, name="dora")
+
+
+@entry(
+    "parameterization",
+    title="VeRA",
+    formula="W + diag(b) B diag(d) A, one frozen random pair B, A for all layers",
+    reference=Reference("Kopiczko et al.", "VeRA: Vector-based Random Matrix Adaptation", 2023, "2310.11454"),
+    trained="m + r",
+    cost="2r(m + n) FLOPs per token, at a larger r than LoRA's",
+    merges="exact",
+    exports="exact at rank r",
+    when="When very many adapters must be stored; it needs about ten times LoRA's learning rate.",
+    tiny={"rank": 4},
+)
+def vera(
+    *,
+    rank: int = 256,
+    d_initial: float = 0.1,
+    dropout: float = 0.0,
+    train: str = "both",
+    share: bool = True,
+    save_projections: bool = False,
+) -> Recipe:
+    """Trains two vectors per layer around one frozen random pair that all layers share."""
+    chosen = piece(
+        SharedBank,
+        rank=rank,
+        d_initial=d_initial,
+        dropout=dropout,
+        train=train,
+        share=share,
+        save_projections=save_projections,
+    )
+    return adapter(chosen, name="vera")
+
+
+@entry(
+    "parameterization",
+    title="LoRA-XS",
+    formula="W + s·U_r R Σ_r V_rᵀ, R trained",
+    reference=Reference(
+        "Bałazy et al.", "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024, "2405.17604"
+    ),
+    trained="r²",
+    cost="2r(m + n) + 2r² FLOPs per token; one SVD per layer at the start",
+    merges="exact",
+    exports="exact at rank r",
+    when="When only a few thousand numbers may be trained; use a large rank, since it costs r².",
+    tiny={"rank": 2},
+)
+def lora_xs(
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    core_std: float = 1e-5,
+    dropout: float = 0.0,
+    frames: str = "svd",
+    singular_values: str = "input",
+    iterations: int | None = None,
+) -> Recipe:
+    """Trains an r × r core between the leading singular vectors of each weight."""
+    chosen = piece(
+        SmallCore,
+        rank=rank,
+        alpha=alpha,
+        core_std=core_std,
+        dropout=dropout,
+        frames=frames,
+        singular_values=singular_values,
+        iterations=iterations,
+    )
+    return adapter(chosen, name="lora_xs")
+
+
+@entry(
+    "parameterization",
+    title="FLoRA (core space)",
+    formula="W + s·core ×₁ P_out ×₂ P_in ×₃ P_kernel…",
+    reference=Reference("Si et al.", "FLoRA: Low-Rank Core Space for N-dimension", 2024, "2405.14739"),
+    trained="∏ j + Σ size·j over the modes",
+    cost="2r(m + n) + 2r² FLOPs per token on a linear layer; three small convolutions on a convolution",
+    merges="exact",
+    exports="exact at rank r",
+    when="For convolutions, where it keeps the kernel's shape with far fewer numbers than LoRA.",
+    tiny={"rank": 3},
+)
+def flora_core(*, rank: int = 8, kernel_rank: int = 2, scale: float = 1.0, dropout: float = 0.0) -> Recipe:
+    """A Tucker update with a small core and one factor per mode of the weight, kernels included."""
+    return adapter(piece(TuckerCore, rank=rank, kernel_rank=kernel_rank, scale=scale, dropout=dropout), name="flora_core")
+
+
+@entry(
+    "parameterization",
+    title="Bone / MiSS",
+    formula="miss: W + Dᵀ [I I …];  bat: W_ij (I + D_i) + D_i by blocks",
+    reference=Reference(
+        "Kang",
+        "Bone: Block Affine Transformation as Parameter Efficient Fine-tuning Methods for Large Language Models",
+        2024,
+        "2409.15371",
+    ),
+    trained="r·m (miss), r·q (mini), r·m or r·n (bat)",
+    cost="n + 2rm FLOPs per token (miss); 2mnr per forward (bat by rows)",
+    merges="exact",
+    exports="exact at rank r (miss, mini); bat is not of low rank",
+    when="miss: half of LoRA's FLOPs at the same rank, with full fine-tuning's learning rate; bat when quality matters more.",
+    tiny={"rank": 3},
+)
+def bone(*, rank: int = 64, mode: str = "miss", axis: str = "row", width: int | None = None, dropout: float = 0.0) -> Recipe:
+    """One small matrix shared over blocks of the weight, added to them (miss, mini) or applied through them (bat)."""
+    if mode not in ("miss", "mini", "bat"):
+        raise ArgumentError(f"mode is miss, mini or bat, not {mode!r}")
+    unused = [
+        name
+        for name, given, used in (
+            ("axis", axis != "row", mode == "bat"),
+            ("width", width is not None, mode == "mini"),
+            ("dropout", dropout > 0, mode != "bat"),
+        )
+        if given and not used
+    ]
+    if unused:
+        raise ArgumentError(f"bone(mode={mode!r}) has no use for {', '.join(unused)}: axis is for bat, width for mini")
+    if mode == "bat":
+        return adapter(piece(BlockAffine, rank=rank, axis=axis), name="bone")
+    repeat = (64 if width is None else width) if mode == "mini" else None
+    return adapter(piece(ShardShare, rank=rank, width=repeat, dropout=dropout), name="bone")
+
+
+@entry(
+    "parameterization",
+    title="Gated LoRA",
+    formula="W + s·B diag(gate) A",
+    reference=Reference("Zhang et al.", "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023, "2303.10512"),
+    trained="r(m + n + 1)",
+    cost="2r(m + n) FLOPs per token",
+    merges="exact",
+    exports="exact at rank r",
+    when="Under a schedule that closes ranks (adalora, sora); alone it is LoRA with one number more per rank.",
+    tiny={"rank": 2},
+)
+def gated_lora(*, rank: int = 8, alpha: float | None = None, form: str = "svd", dropout: float = 0.0) -> Recipe:
+    """LoRA with a gate on every rank, started as in AdaLoRA ("svd") or SoRA ("sora")."""
+    return adapter(piece(GatedLoRA, rank=rank, alpha=alpha, form=form, dropout=dropout), name="gated_lora")
 
 
 @entry(

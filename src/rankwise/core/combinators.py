@@ -124,6 +124,8 @@ class Rotated(Operator):
 
     def dense(self) -> Tensor:
         inner, rotation = self.inner.dense(), self.rotation.dense()
+        wide = torch.promote_types(inner.dtype, rotation.dtype)  # a half-precision base meets float32 masters
+        inner, rotation = inner.to(wide), rotation.to(wide)
         return inner @ rotation if self.side == "input" else rotation @ inner
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:

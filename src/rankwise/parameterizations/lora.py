@@ -4,8 +4,8 @@
 
 The update is zero at the start, so the first forward equals the base to the bit. `scale` chooses s: alpha / r ("lora"),
 alpha / √r ("rslora", stable for large r) or alpha ("constant"). With `freeze_input` only B is trained (LoRA-FA, asymmetric
-LoRA): half the numbers, and the update stays in the row space of A. Trained numbers r(m + n), or r·m with A frozen; extra
-FLOPs 2r(m + n) per token. Rank at most r; exported as it is.
+LoRA): half the numbers, no input kept for backward, and the update stays in the row space of A. Trained numbers r(m + n),
+or r·m with A frozen; extra FLOPs 2r(m + n) per token. Rank at most r; exported as it is.
 
 Not weight decay on W: decay on B and A acts like a nuclear-norm penalty on the update.
 
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
-from rankwise.core.operators import LowRank, Operator
+from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
+from rankwise.core.queries import svd
 from rankwise.core.recipe import register
 
 SCALES = ("lora", "rslora", "constant")
@@ -50,8 +51,10 @@ class LoRA(Additive):
         alpha: numerator of the scale s; None means r.
         scale: "lora" (alpha / r), "rslora" (alpha / √r) or "constant" (alpha).
         dropout: probability of dropping an input of the update's branch.
-        input_start: how A starts: "kaiming" U(±1/√n), "gaussian" N(0, 1/r²), or "orthonormal" rows.
-        freeze_input: keep A as it starts.
+        input_start: how A starts: "kaiming" U(±1/√n), "gaussian" N(0, 1/r²), "orthonormal" rows, or "leading" or "trailing"
+            right singular vectors of W.
+        freeze_input: keep A as it starts and train B from 0.
+        freeze_output: keep B at random orthonormal columns and train A from 0, the control of the asymmetry paper.
     """
 
     def __init__(
@@ -64,35 +67,49 @@ class LoRA(Additive):
         dropout: float = 0.0,
         input_start: str = "kaiming",
         freeze_input: bool = False,
+        freeze_output: bool = False,
     ) -> None:
         super().__init__()
+        if freeze_input and freeze_output:
+            raise ArgumentError("freeze_input and freeze_output together leave nothing to train; choose one")
         if not 0.0 <= dropout < 1.0:
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
         self.rank, self.scale, self.dropout = rank, scale_of(scale, alpha, rank), dropout
         self.masks, self.input_start = site.masks, input_start
-        B, A = self._draw(site, frozen=freeze_input)  # (m, r), (r, n)
-        self.B = nn.Parameter(B)
-        if freeze_input:
-            self.register_buffer("A", A)
-        else:
-            self.A = nn.Parameter(A)
+        self.frozen = "A" if freeze_input else "B" if freeze_output else ""
+        for role, factor in zip("BA", self._draw(site), strict=True):  # (m, r), (r, n)
+            if role == self.frozen:
+                self.register_buffer(role, factor)
+            else:
+                self.register_parameter(role, nn.Parameter(factor))
 
-    def _draw(self, site: Site, *, frozen: bool) -> tuple[Tensor, Tensor]:
+    def _draw(self, site: Site) -> tuple[Tensor, Tensor]:
         """B (m, r) and A (r, n) with B A = 0. The zero sits in A for an embedding, whose columns are looked up one by one."""
-        zero = site.zeros(site.m, self.rank)
-        if site.layout.kind == "embedding" and not frozen:
+        if self.frozen == "B":
+            return torch.linalg.qr(site.normal(site.m, self.rank))[0], site.zeros(self.rank, site.n)
+        if site.layout.kind == "embedding" and not self.frozen:
             return site.normal(site.m, self.rank), site.zeros(self.rank, site.n)
-        if self.input_start == "orthonormal":
-            return zero, torch.linalg.qr(site.normal(site.n, self.rank))[0].t().contiguous()
-        if self.input_start == "gaussian":
-            return zero, site.normal(self.rank, site.n, std=1.0 / self.rank)
-        if self.input_start != "kaiming":
-            raise ArgumentError(f"input_start is kaiming, gaussian or orthonormal, not {self.input_start!r}")
-        return zero, site.uniform(self.rank, site.n, bound=1.0 / math.sqrt(site.n))
+        return site.zeros(site.m, self.rank), self._input_factor(site)
+
+    def _input_factor(self, site: Site) -> Tensor:
+        """A (r, n) as `input_start` says."""
+        match self.input_start:
+            case "kaiming":
+                return site.uniform(self.rank, site.n, bound=1.0 / math.sqrt(site.n))
+            case "gaussian":
+                return site.normal(self.rank, site.n, std=1.0 / self.rank)
+            case "orthonormal":
+                return torch.linalg.qr(site.normal(site.n, self.rank))[0].t().contiguous()
+            case "leading":
+                return site.cast(svd(Dense(site.weight())).Vh[: self.rank])
+            case "trailing":
+                return site.cast(svd(Dense(site.weight())).Vh[-self.rank :])
+        raise ArgumentError(f"input_start is kaiming, gaussian, orthonormal, leading or trailing, not {self.input_start!r}")
 
     @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
-        return frozenset({"B"} if arguments.get("freeze_input") else {"A", "B"})
+        frozen = {"A"} if arguments.get("freeze_input") else {"B"} if arguments.get("freeze_output") else set()
+        return frozenset({"A", "B"} - frozen)
 
     @classmethod
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
@@ -109,6 +126,6 @@ class LoRA(Additive):
         self.A.copy_(factors.A)
 
     def restart(self, site: Site) -> None:
-        B, A = self._draw(site, frozen="A" not in self._parameters)
+        B, A = self._draw(site)
         self.B.copy_(B)
         self.A.copy_(A)

@@ -1,0 +1,133 @@
+"""DoRA: the length of every weight row is trained by itself, its direction by any additive update.
+
+    W' = diag(μ / ‖V‖_row) V,   V = W + U          μ (m,) trained, starts at ‖W‖_row; U (m, n) the inner update
+
+The inner update is LoRA's s · B A unless `inner` names another additive parameterization, and starts at zero, so W' = W at
+the start. The norms are constants for autograd (`detach_norm`), read from the current tensors in every training forward by
+the Gram identity of `core.queries.row_norms`: O(m n r) numbers worked, no (m, n) matrix formed. One magnitude per output: a
+convolution's norm runs over channels and kernel, an embedding's over the tokens. The bias is never scaled. With dropout,
+y = W x + b + (g - 1) ∘ W x̃ + g ∘ U x̃ with g = μ / ‖V‖ and x̃ the thinned input. `direction=False` trains μ alone. A row of
+W that is zero stays zero. Trained numbers r(m + n) + m. Not additive and of full rank, so it exports as LoRA only by
+truncation.
+
+In eval without gradients g is kept for as long as none of its tensors changes (see `plan.py`).
+
+*Differs* from the paper's wording ("column norms" of the transposed weight): rows of W, as released. The released code forms
+B A in every forward.
+
+Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen: DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.core.combinators import Dropped, RowScale, Sum
+from rankwise.core.errors import ArgumentError
+from rankwise.core.operators import Base, LowRank, Operator
+from rankwise.core.parameterization import Facts, Site
+from rankwise.core.queries import row_norms
+from rankwise.core.recipe import Piece, register
+from rankwise.parameterizations.inner import Wrapping, build_inner, inner_piece
+from rankwise.parameterizations.plan import Plan, can_plan
+
+
+@register("parameterization")
+class Magnitude(Wrapping):
+    """W' = diag(μ / ‖W + U‖_row) (W + U).
+
+    Args:
+        site: the layer.
+        inner: an additive parameterization for U; None means LoRA with the arguments below.
+        rank: r; None means 8, or what `inner` says.
+        alpha, scale: of LoRA's s, without `inner`.
+        dropout: probability of dropping an input wherever the result differs from W x.
+        detach_norm: treat the norms as constants in backward, as published.
+        direction: False trains the magnitudes alone.
+    """
+
+    facts = Facts(additive=False, exact_lora_export=False)
+    own_roles = frozenset({"magnitude"})
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        inner: Piece | None = None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        scale: str = "lora",
+        dropout: float = 0.0,
+        detach_norm: bool = True,
+        direction: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
+        self.dropout, self.masks, self.detach_norm = dropout, site.masks, detach_norm
+        self.plan, self.n = Plan(), site.n
+        self.__dict__["bank"] = site.bank  # a child of the model's root already
+        self.inner = build_inner(inner_piece(inner, rank, alpha, scale), site) if direction else None
+        if self.inner is not None:
+            self.rank, self.scale = self.inner.rank, self.inner.scale
+        self.magnitude = nn.Parameter(site.cast(site.weight().square().sum(1).sqrt()))  # (m,)
+
+    def update(self) -> Operator:
+        if self.inner is not None:
+            return super().update()
+        nothing = self.magnitude.new_zeros(self.magnitude.shape[0], 0)  # (m, 0)
+        return LowRank(nothing, nothing.new_zeros(0, self.n))
+
+    def forward(self, base: Operator) -> Operator:
+        gain = self._gain(base)
+        if self.training and self.dropout and self.masks is not None:
+            changed: Operator = RowScale(base, gain - 1)
+            if self.inner is not None:
+                changed = Sum(changed, RowScale(self.inner.update(), gain))
+            return Sum(base, Dropped(changed, self.dropout, self.masks))
+        return RowScale(self._direction(base), gain)
+
+    def _direction(self, base: Operator) -> Operator:
+        return base if self.inner is None else Sum(base, self.inner.update())  # V (m, n)
+
+    def _gain(self, base: Operator) -> Tensor:
+        """The gain g = μ / ‖V‖ (m,), from the plan where nothing changed."""
+        sources = self._sources(base)
+        kept = None if sources is None else self.plan.find(sources)
+        if kept is not None:
+            return kept
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            norms = row_norms(self._direction(base))  # (m,)
+        gain = self.magnitude / torch.where(norms > 0, norms, 1.0)  # (m,)
+        if sources is not None:
+            self.plan.keep(sources, gain)
+        return gain
+
+    def _sources(self, base: Operator) -> list[Tensor] | None:
+        """Every tensor that g depends on, or None where g must be computed afresh."""
+        if torch.compiler.is_compiling():
+            return None
+        first = base.terms[0] if isinstance(base, Sum) else base
+        weight = first.plain_weight() if isinstance(first, Base) else None
+        if self.training or torch.is_grad_enabled() or weight is None:
+            self.plan.drop()
+            return None
+        shared = [] if self.bank is None else [*self.bank.parameters(), *self.bank.buffers()]
+        sources = [weight, *self.parameters(), *self.buffers(), *shared]
+        return sources if can_plan(sources) else None
+
+    def refresh(self, base: Operator) -> None:
+        if self.inner is not None:
+            self.inner.refresh(base)
+        self.magnitude.copy_(row_norms(self._direction(base)))
+
+    def train(self, mode: bool = True) -> Magnitude:
+        self.plan.drop()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self.plan.drop()
+        super()._load_from_state_dict(*arguments, **keywords)
