@@ -122,6 +122,7 @@ def collect_at(
     hooks: list[Any] = []
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # train mode moves running statistics
     current: dict[str, Any] = {"mask": None, "tokens": None, "grams": {}}
     if Statistic.GRADIENT in wanted:
         model.train()
@@ -136,7 +137,7 @@ def collect_at(
     seen = 0
     try:
         for batch in batches:
-            current["mask"], current["grams"] = _token_mask(batch), {}
+            current["mask"], current["grams"] = token_mask(batch), {}
             if Statistic.GRADIENT in wanted:
                 value = loss(model, batch)
                 if not torch.isfinite(value):
@@ -154,6 +155,9 @@ def collect_at(
             if Statistic.GRADIENT in wanted:
                 parameter.grad = None
         model.train(training)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
     if not seen:
         raise StatisticsError("collect was given no batches; pass at least one")
     for name, statistics in result.items():
@@ -196,11 +200,11 @@ def _moment_hooks(target: Any, statistics: LayerStatistics, wanted: frozenset[St
             found = current["grams"].get(key)
             if found is None or found[0] is not x:
                 fresh = MomentCollector(target.n)
-                fresh.add(_kept(target.layout.input_rows(x), x, mask))
+                fresh.add(kept_rows(target.layout.input_rows(x), x, mask))
                 found = current["grams"][key] = (x, fresh)
             _merge(statistics.inputs, found[1])
         if statistics.outputs is not None:
-            statistics.outputs.add(_kept(target.layout.output_rows(output), x, mask))
+            statistics.outputs.add(kept_rows(target.layout.output_rows(output), x, mask))
 
     if statistics.inputs is not None or statistics.outputs is not None:
         hooks.append(target.module.register_forward_hook(receive))
@@ -213,12 +217,13 @@ def _merge(collector: MomentCollector, other: MomentCollector) -> None:
     collector.gram += other.gram
 
 
-def _token_mask(batch: Any) -> Tensor | None:
+def token_mask(batch: Any) -> Tensor | None:
+    """The (batch, tokens) mask of a batch, or None."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _kept(rows: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+def kept_rows(rows: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """Drops rows of padded tokens, where x is (batch, tokens, …) like the mask."""
     if mask is None or x.dim() < 2 or tuple(x.shape[:2]) != tuple(mask.shape):
         return rows
