@@ -51,7 +51,8 @@ class TrainerCallback(_Callback):
         self._fitting.remove()
         self._check_model(kwargs["model"])
         self._check_optimizer(kwargs["optimizer"])
-        if args.gradient_checkpointing and dict(args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        settings: Any = args.gradient_checkpointing_kwargs or {}
+        if args.gradient_checkpointing and settings.get("use_reentrant"):
             self.handle.model.enable_input_require_grads()  # type: ignore[operator]  (else a frozen input stops all gradients)
         if self.handle.perturbation is not None and self.handle.perturbation.second_pass:
             if _sharded(self.handle):
