@@ -100,7 +100,14 @@ class Restart:
     moments: str | float = "reset"
 
 
-Decision = Keep | Mask | Resize | Freeze | Restart
+@dataclass(frozen=True)
+class Assign:
+    """Put these values into the trained tensors of these roles; optimizer state stays."""
+
+    values: Mapping[str, Tensor]
+
+
+Decision = Keep | Mask | Resize | Freeze | Restart | Assign
 
 
 class RankSchedule(ABC):
@@ -128,9 +135,15 @@ class RankSchedule(ABC):
 
 
 class Procedure(ABC):
-    """Interface: a method that owns the loop or the network, built from the other pieces."""
+    """Interface: a method that owns the loop or the network, built from the other pieces.
+
+    Attributes:
+        roles: trained tensors it needs.
+        restarts: whether it begins sites again (`Restart`), which not every parameterization can.
+    """
 
     roles: ClassVar[frozenset[str]] = frozenset()
+    restarts: ClassVar[bool] = False
 
     @abstractmethod
     def decide(self, step: int, blocks: Mapping[str, Block], *, learning_rate: float) -> Mapping[str, Decision]:

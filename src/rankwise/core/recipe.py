@@ -162,7 +162,27 @@ class Recipe:
     def problems(self, sites: Iterable[Site] = (), collected: Iterable[Statistic] | None = None) -> list[Problem]:
         """Every reason why the recipe is illegal, on these sites if given. Empty means legal."""
         sites = list(sites)
-        return [*self._role_problems(), *self._start_problems(collected), *self._site_problems(sites)]
+        return [
+            *self._role_problems(),
+            *self._restart_problems(),
+            *self._start_problems(collected),
+            *self._site_problems(sites),
+        ]
+
+    def _restart_problems(self) -> list[Problem]:
+        method = self._parameterization_class
+        if self.procedure is None or not self.procedure.factory.restarts:  # type: ignore[attr-defined]
+            return []
+        if method.restarts(**self.parameterization.arguments):
+            return []
+        return [
+            Problem(
+                piece=f"procedure {self.procedure.name}",
+                needs="a parameterization that can be absorbed into the weight and begin again at zero",
+                has=f"{self.parameterization.name} cannot",
+                remedy="use lora, rslora or lora_fa, or drop it",
+            )
+        ]
 
     def _role_problems(self) -> list[Problem]:
         method, roles = self.parameterization.name, self.roles

@@ -115,6 +115,10 @@ class LoRA(Additive):
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
         return frozenset({PRODUCT, INPUT})
 
+    @classmethod
+    def restarts(cls, **arguments: Any) -> bool:
+        return True
+
     def update(self) -> Operator:
         update = LowRank(self.B, self.A, self.scale)
         if self.training and self.dropout and self.masks is not None:
