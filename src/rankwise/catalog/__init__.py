@@ -15,7 +15,7 @@ from rankwise.core.catalog import Entry, names
 from rankwise.core.catalog import get as entry
 from rankwise.core.errors import ArgumentError
 
-MODULES = ("parameterizations", "steps", "starts", "perturbations", "schedules", "procedures", "compression")
+MODULES = ("parameterizations", "steps", "starts", "perturbations", "schedules", "procedures", "compression", "problems")
 for _module in MODULES:
     importlib.import_module(f"rankwise.catalog.{_module}")
 

@@ -280,7 +280,22 @@ class Recipe:
                     )
                 )
             found.extend(method.problems_at(site, **self.arguments_at(site.name)))
+            found.extend(self._projection_problems(site))
         return found
+
+    def _projection_problems(self, site: Site) -> list[Problem]:
+        smaller = min(site.m, site.n)
+        return [
+            Problem(
+                piece=f"step {step.name}",
+                needs=f"1 <= rank <= min(m, n) = {smaller}",
+                has=f"rank is {step.rank} for a layer of {site.m} × {site.n}",
+                remedy=f"use rank={smaller} or less, or leave the layer out with where=",
+                sites=(site.name,),
+            )
+            for step in self.steps()
+            if step.rank is not None and not 1 <= step.rank <= smaller
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping, versioned."""
