@@ -57,7 +57,7 @@ def test_what_is_of_low_rank_goes_out_as_plain_lora_and_peft_gives_the_same(
 ) -> None:
     handle = trained(make, recipe, where)
     ours = run(handle.model)
-    assert (ours - run(make())).abs().max() > 1e-2
+    assert (ours - run(make())).abs().max() > 2e-3
     folder = rw.interop.to_peft(handle, tmp_path / "a")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["lora_alpha"] == config["r"]

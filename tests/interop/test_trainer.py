@@ -115,7 +115,7 @@ RESUMED = [
     "vera(rank=6)",
     "lora + pissa(rank=2)",
 ]
-RESUMED += ["lora(rank=4, dropout=0.3) + sam(rho=0.1)", "lora(rank=4) + bar", "relora(interval=2)"]
+RESUMED += ["lora(rank=4, dropout=0.3) + sam(rho=0.1)", "lora(rank=4) + bar", "lora(rank=4) + relora(interval=2)"]
 
 
 @pytest.mark.parametrize("recipe", RESUMED)

@@ -44,11 +44,6 @@ class Bank(nn.Module):
     def __getitem__(self, name: str) -> Tensor:
         return getattr(self, name)
 
-    def store_(self) -> None:
-        """From now on checkpoints hold the tensors themselves: they are no longer those that the seed gives (an import)."""
-        self.seed = None
-        self._non_persistent_buffers_set.clear()
-
     def describe(self) -> dict[str, Any]:
         """What a checkpoint writes: sizes and hash, and the seed where there is one."""
         named = [*self.named_buffers(), *self.named_parameters()]

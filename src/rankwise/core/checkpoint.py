@@ -24,6 +24,7 @@ from rankwise.core.errors import CheckpointError, shorten
 from rankwise.core.fingerprint import check_fingerprint
 from rankwise.core.handle import Handle, trained_tensors
 from rankwise.core.recipe import Recipe
+from rankwise.core.sharding import is_sharded, whole
 
 FORMAT = 1
 JSON_NAME = "adapter.json"
@@ -38,7 +39,7 @@ def save(handle: Handle, directory: Path) -> Path:
         CheckpointError: the folder holds something else, or the disk is full. What was there stays.
     """
     trained = trained_tensors(handle)
-    tensors = {key: whole(tensor) for key, tensor in trained.items()}
+    tensors = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in trained.items()}
     sites = {
         site: {
             "m": target.m,
@@ -59,7 +60,7 @@ def save(handle: Handle, directory: Path) -> Path:
         "bank": None if handle.bank is None else handle.bank.describe(),
         "fingerprint": dict(handle.fingerprint()),
     }
-    if not any(hasattr(tensor, "full_tensor") for tensor in trained.values()):
+    if not any(is_sharded(tensor) for tensor in trained.values()):
         return write(directory, description, tensors)
     try:  # every process has gathered the whole tensors; one writes, the others wait for it
         return write(directory, description, tensors) if torch.distributed.get_rank() == 0 else directory
@@ -204,8 +205,6 @@ def load_(
         if not any_base:
             check_fingerprint(description["fingerprint"], handle.fingerprint(), source=str(folder))
         if handle.bank is not None:
-            if (description["bank"] or {}).get("seed") is None:
-                handle.bank.store_()
             handle.bank.check(description["bank"] or {})
         _fill(handle, tensors, sites, folder)
     except BaseException:
@@ -266,10 +265,3 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], sites: Mapping[str, Any
                 raise CheckpointError(f"{folder}: {site} is marked as absorbed, but the file has no carried factors")
             entry.absorbed = True
             merge.rewrite(handle.targets[site])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU, gathered first where training sharded it (then every process must call this)."""
-    gather = getattr(tensor, "full_tensor", None)
-    plain = gather() if gather is not None else tensor
-    return plain.detach().cpu().contiguous()

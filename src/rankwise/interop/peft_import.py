@@ -64,7 +64,7 @@ def from_peft(
     owners = _check_whole(model, adapter)
     parts = {site: _parts(adapter, site, target) for site, target in targets.items()}
     shared = _shared(adapter, targets)
-    recipe = _recipe(adapter, {site: _rank(part) for site, part in parts.items()}, frozenset(ignore))
+    recipe = _recipe(adapter, {site: _rank(part) for site, part in parts.items()})
     handle = adapt_(model, recipe, lambda site, _: site in targets, name=name, seed=seed, train_also=owners, binding=binding)
     try:
         if not any_base:
@@ -217,17 +217,13 @@ def _rank(parts: Mapping[str, Tensor]) -> int:
     return parts["A"].shape[0] if "A" in parts else parts["d"].numel()
 
 
-def _recipe(adapter: PeftAdapter, ranks: Mapping[str, int], ignore: frozenset[str]) -> Recipe:
+def _recipe(adapter: PeftAdapter, ranks: Mapping[str, int]) -> Recipe:
     """The catalog's recipe with the file's rank, alpha and dropout."""
     config, rank = adapter.config, Counter(ranks.values()).most_common(1)[0][0]
     if adapter.kind == "VERA":
-        if config.get("vera_dropout") and "vera_dropout" not in ignore:
-            raise CheckpointError(
-                f"{adapter.folder} was trained with vera_dropout={config['vera_dropout']}, which rankwise's vera lacks; "
-                "pass ignore=['vera_dropout'] to load it without"
-            )
-        return catalog.vera(rank=rank, d_initial=float(config.get("d_initial", 0.1)))
-    dropout = 0.0 if "lora_dropout" in ignore else float(config.get("lora_dropout", 0.0))
+        dropout = float(config.get("vera_dropout", 0.0))
+        return catalog.vera(rank=rank, d_initial=float(config.get("d_initial", 0.1)), dropout=dropout, save_projections=True)
+    dropout = float(config.get("lora_dropout", 0.0))
     alpha = float(at_pattern(None, "", config.get("lora_alpha", 8)))
     policy = "rslora" if config.get("use_rslora") else "lora"
     if adapter.magnitudes:
@@ -263,7 +259,6 @@ def _fill(handle: Handle, parts: Mapping[str, Mapping[str, Tensor]], shared: Map
     if shared and bank is not None:
         for part, tensor in shared.items():
             bank[part].copy_(tensor)
-        bank.store_()
     for site, tensors in parts.items():
         entry = handle.parameterization(site)
         roles = entry.roles()

@@ -28,7 +28,7 @@ def native_form(handle: Handle) -> Form:
     Raises:
         ExportError: PEFT has no such form.
     """
-    forms = {"LoRA": _lora, "Magnitude": _dora, "VeRA": _vera}
+    forms = {"LoRA": _lora, "Magnitude": _dora, "SharedBank": _vera}
     method = handle.recipe.parameterization.name
     if method not in forms:
         raise ExportError(f"PEFT has no form of its own that is {method} as trained here; use native=False")
@@ -120,14 +120,21 @@ def _vera(handle: Handle) -> Form:
         raise ExportError(f"PEFT's VeRA knows linear layers only, {others[0]} is none; native=False writes it as LoRA")
     bank = handle.bank
     if bank is None:
-        raise TypeError("VeRA without shared factors; this is a bug in rankwise")
-    rank = bank["A"].shape[0]
-    fields = {"peft_type": "VERA", "r": rank, "save_projection": True, "projection_prng_key": 0, "vera_dropout": 0.0}
+        raise ExportError("PEFT's VeRA shares its factors between all layers; with share=False write it as LoRA (native=False)")
+    arguments = handle.recipe.parameterization.arguments
+    fields = {
+        "peft_type": "VERA",
+        "r": bank["A"].shape[0],
+        "d_initial": float(arguments.get("d_initial", 0.1)),
+        "vera_dropout": float(arguments.get("dropout", 0.0)),
+        "save_projection": True,
+        "projection_prng_key": 0,
+    }
     tensors = {"base_model.vera_A": bank["A"], "base_model.vera_B": bank["B"]}
     for site in handle.targets:
-        roles = handle.parameterization(site).roles()
-        tensors[f"{PREFIX}{site}.vera_lambda_b"] = roles["b"]
-        tensors[f"{PREFIX}{site}.vera_lambda_d"] = roles["d"]
+        vectors = handle.parameterization(site).state_dict()  # with train="b" or "d" the other one is a buffer
+        tensors[f"{PREFIX}{site}.vera_lambda_b"] = vectors["b"]
+        tensors[f"{PREFIX}{site}.vera_lambda_d"] = vectors["d"]
 
     def rebuild(adapter: PeftAdapter, site: str, base: Tensor) -> Tensor:
         parts, (m, n) = adapter.sites[site], base.shape

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rankwise.core.errors import TrainingError
 from rankwise.core.handle import Handle
 from rankwise.core.randomness import inside_backward
+from rankwise.core.training import running_statistics_kept
 
 AGREE = 1e-3  # relative difference of a repeated gradient that rounding on parallel devices explains
 
@@ -27,7 +28,6 @@ AGREE = 1e-3  # relative difference of a repeated gradient that rounding on para
 class _Forward:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    number: int
     generators: list[Tensor]
     received: list[Tensor] = field(default_factory=list)
 
@@ -45,9 +45,10 @@ class Recorder:
         self.forwards: list[_Forward] = []
         self.checked = False
         self._replaying = False
+        eagerly: Any = torch.compiler.disable
         self._hooks = [
-            handle.model.register_forward_pre_hook(torch.compiler.disable(self._before), with_kwargs=True),
-            handle.model.register_forward_hook(torch.compiler.disable(self._behind), with_kwargs=True),
+            handle.model.register_forward_pre_hook(eagerly(self._before), with_kwargs=True),
+            handle.model.register_forward_hook(eagerly(self._behind), with_kwargs=True),
         ]
 
     def close(self) -> None:
@@ -60,8 +61,7 @@ class Recorder:
         if self._replaying or not model.training or not torch.is_grad_enabled() or inside_backward():
             return
         kept = {key: _kept(value) for key, value in keywords.items()}
-        number = self.handle.masks.forwards
-        self.forwards.append(_Forward(tuple(_kept(value) for value in arguments), kept, number, _generators()))
+        self.forwards.append(_Forward(tuple(_kept(value) for value in arguments), kept, _generators()))
 
     def _behind(self, model: nn.Module, arguments: Any, keywords: Any, outputs: Any) -> None:
         if self._replaying or not model.training or not torch.is_grad_enabled() or inside_backward():
@@ -82,12 +82,11 @@ class Recorder:
                 "the model (label smoothing, compute_loss_func, a compute_loss of its own); let the model compute the loss, or "
                 "write the loop by hand and call handle.after_backward(replay)"
             )
-        kept, masks = _generators(), self.handle.masks
+        kept = _generators()
         self._replaying = True
         try:
             for forward in self.forwards:
                 _set_generators(forward.generators)
-                masks.forwards = forward.number - 1  # the forward counts up to the same dropout masks
                 loss = _loss_of(self.handle.model(*forward.arguments, **forward.keywords))
                 if loss is None:
                     raise TrainingError("the model returned a loss in the first pass and none in the second")
@@ -107,14 +106,14 @@ class Recorder:
             return
         blocks = {**self.handle.blocks(), **self.handle.plain_blocks()}
         tensors = [tensor for block in blocks.values() for tensor in block.values()]
-        first, forwards = [tensor.grad for tensor in tensors], self.handle.masks.forwards
+        first = [tensor.grad for tensor in tensors]
         try:
             for tensor in tensors:
                 tensor.grad = None
-            self.replay()
+            with self.handle.masks.replayed(), running_statistics_kept(self.handle.model):
+                self.replay()
             pairs = [(old, tensor.grad) for old, tensor in zip(first, tensors, strict=True)]
         finally:
-            self.handle.masks.forwards = forwards
             for tensor, old in zip(tensors, first, strict=True):
                 tensor.grad = old
         size = sum(float(old.norm()) ** 2 for old, _ in pairs if old is not None) ** 0.5

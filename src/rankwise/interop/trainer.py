@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback as _Callback
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.core import checkpoint, decisions
+from rankwise.core import checkpoint, decisions, merge
 from rankwise.core.errors import CheckpointError, TrainingError, shorten
 from rankwise.core.handle import Handle, trained_tensors
+from rankwise.core.sharding import is_sharded, whole
 from rankwise.interop.replay import Recorder
 
 FOLDER, STATE_NAME, LAST_GOOD = "rankwise", "training.safetensors", "last_good"
@@ -139,13 +140,24 @@ class TrainerCallback(_Callback):
             torch.nn.utils.clip_grad_norm_(tensors, args.max_grad_norm)
 
     def _fit(self, model: nn.Module, state: Mapping[str, Tensor], *_: Any) -> None:
-        """Before the Trainer loads a checkpoint: cuts the adapter to the ranks that a schedule had left there."""
+        """Before the Trainer loads a checkpoint: makes room for what schedules and restarts had left there.
+
+        Cuts ranks, and adds the absorbed factors of restarts; the weight under these is kept before it is overwritten.
+        """
         for site in self.handle.targets:
             entry = self.handle.parameterization(site)
             key = f"{site}.adapter.{self.handle.name}."
             stored = [tensor.shape[1] for name, tensor in state.items() if name.startswith(key) and name.endswith(".B")]
             if stored and stored[0] < entry.rank and "B" in entry.roles():
                 decisions.resize(entry, torch.arange(entry.rank) < stored[0], self.handle._optimizer)
+            parts = {part: state.get(f"{key}{part}") for part in ("carried_B", "carried_A")}
+            for part, tensor in parts.items():
+                here = getattr(entry, part)
+                if tensor is not None and (here is None or here.shape != tensor.shape):
+                    setattr(entry, part, torch.zeros_like(tensor, device=self.handle.targets[site].parameter().device))
+            adapters = self.handle.adapters(site)
+            if parts["carried_B"] is not None and adapters.stash is None:
+                adapters.stash = self.handle.targets[site].parameter().detach().clone()
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         default = args.resume_from_checkpoint
@@ -163,19 +175,24 @@ class TrainerCallback(_Callback):
         stored = _read_state(folder / STATE_NAME)
         if stored["global_step"] != state.global_step:
             raise CheckpointError(f"{folder} is of step {stored['global_step']}, training resumes at step {state.global_step}")
-        self._check_tensors(folder)
+        description = self._check_tensors(folder)
+        for site, target in self.handle.targets.items():
+            self.handle.parameterization(site).absorbed = bool(description["sites"][site]["absorbed"])
+            if self.handle.adapters(site).stash is not None:
+                merge.rewrite(target)
         self.handle.load_state_dict(stored)
 
-    def _check_tensors(self, folder: Path) -> None:
+    def _check_tensors(self, folder: Path) -> dict[str, Any]:
         """The tensors that the Trainer has loaded must be those of the folder whose state is taken up."""
-        _, tensors = checkpoint.read(folder)
-        here = {key: checkpoint.whole(tensor) for key, tensor in trained_tensors(self.handle).items()}
+        description, tensors = checkpoint.read(folder)
+        here = {key: whole(tensor.detach()).cpu() for key, tensor in trained_tensors(self.handle).items()}
         different = [key for key in sorted({*tensors, *here}) if not _same(tensors.get(key), here.get(key))]
         if different:
             raise CheckpointError(
                 f"{len(different)} of {len(here)} tensors of the adapter are not those of {folder} ({shorten(different)}); "
                 "resume from the folder that the Trainer loads, and adapt the model with the same recipe and seed as before"
             )
+        return description
 
 
 def _same(stored: Tensor | None, here: Tensor | None) -> bool:
@@ -183,7 +200,7 @@ def _same(stored: Tensor | None, here: Tensor | None) -> bool:
 
 
 def _sharded(handle: Handle) -> bool:
-    return any(hasattr(tensor, "full_tensor") for block in handle.blocks().values() for tensor in block.values())
+    return any(is_sharded(tensor) for block in handle.blocks().values() for tensor in block.values())
 
 
 def _write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -202,7 +219,7 @@ def _write_state(path: Path, state: Mapping[str, Any]) -> None:
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = f"tensor{len(tensors)}"
-        tensors[name] = checkpoint.whole(value).clone()
+        tensors[name] = whole(value.detach()).cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"mapping": [[key, _without_tensors(item, tensors)] for key, item in value.items()]}

@@ -187,7 +187,10 @@ def _fashion_mnist(spec: str, _: str) -> Data:
         raise DataError(f"{spec} is not installed; install it with: apt-get install dataset-fashion-mnist")
 
     def rows(part: str) -> list[Row]:
-        with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as images, gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as names:
+        with (
+            gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as images,
+            gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as names,
+        ):
             pixels = numpy.frombuffer(images.read()[16:], dtype=numpy.uint8).reshape(-1, 28, 28)
             labels = names.read()[8:]
         return [{"image": image, "label": str(value)} for image, value in zip(pixels, labels, strict=True)]
@@ -225,6 +228,8 @@ def _reasoning_gym(spec: str, task: str) -> Data:
     rows = [{"prompt": item["question"], "answer": item["answer"], "entry": item} for item in made]
     unique = list({row["prompt"]: row for row in rows}.values())
     if any(not row["answer"] or made.score_answer(row["answer"], row["entry"]) != 1 for row in unique[:20]):
-        raise DataError(f"{spec}: the stored answers of {task!r} are empty or not accepted by its own scorer; choose another task")
+        raise DataError(
+            f"{spec}: the stored answers of {task!r} are empty or not accepted by its own scorer; choose another task"
+        )
     test, train = unique[:400], unique[400:]
     return Data(spec, CAUSAL_LM, train, test, None, lambda answer, row: float(made.score_answer(answer, row["entry"])))

@@ -26,9 +26,7 @@ class Language:
         score: (answer, row) -> 0..1; None compares texts.
     """
 
-    def __init__(
-        self, tokenizer: Any, length: int, new_tokens: int, score: Callable[[str, Row], float] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, length: int, new_tokens: int, score: Callable[[str, Row], float] | None = None) -> None:
         self.tokenizer, self.length, self.new_tokens, self.score = tokenizer, length, new_tokens, score
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -55,7 +53,9 @@ class Language:
             labels = list(tokens)
         tokens, labels = tokens[: self.length], labels[: self.length]
         if all(label == _IGNORED for label in labels):
-            raise DataError(f"a row has nothing to learn from within {self.length} tokens; raise length=. It begins: {row!s:.80}")
+            raise DataError(
+                f"a row has nothing to learn from within {self.length} tokens; raise length=. It begins: {row!s:.80}"
+            )
         return tokens, labels
 
     def _plain(self, text: str) -> list[int]:
@@ -70,7 +70,9 @@ class Language:
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:
         """A chat; the assistant's turns count. Turn by turn, so that no template needs to mark them."""
         if self.tokenizer.chat_template is None:
-            raise DataError("the data holds chats (messages), but this model's tokenizer has no chat template; use prompt and answer")
+            raise DataError(
+                "the data holds chats (messages), but this model's tokenizer has no chat template; use prompt and answer"
+            )
         tokens: list[int] = []
         labels: list[int] = []
         written = ""

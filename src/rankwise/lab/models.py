@@ -104,7 +104,9 @@ def _new_modules(model: nn.Module, info: dict[str, Any], kind: str, spec: str) -
         raise ModelError(f"{spec!r} lacks weights of a causal language model ({', '.join(owners[:3])}); is it an encoder?")
     deep = [owner for owner in owners if ".layer." in owner or ".layers." in owner]
     if deep:
-        raise ModelError(f"{spec!r} lacks weights of inner layers ({', '.join(deep[:3])}); it is not a checkpoint of this class")
+        raise ModelError(
+            f"{spec!r} lacks weights of inner layers ({', '.join(deep[:3])}); it is not a checkpoint of this class"
+        )
     return owners
 
 
@@ -197,7 +199,12 @@ def _dinov2(package: Path) -> Path:
         weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
         weights["embeddings.mask_token"] = torch.zeros(1, 384)
         config = Dinov2Config(
-            hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14, architectures=["Dinov2Model"]
+            hidden_size=384,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            image_size=518,
+            patch_size=14,
+            architectures=["Dinov2Model"],
         )
         config.save_pretrained(folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

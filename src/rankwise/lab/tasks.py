@@ -144,9 +144,7 @@ class Classification(Format):
         return name, [self._tokens(passages[start : start + 8]) for start in range(0, len(passages), 8)]
 
     def _tokens(self, texts: Sequence[str]) -> Batch:
-        return dict(
-            self._tokenizer(list(texts), return_tensors="pt", truncation=True, max_length=self._length, padding=True)
-        )
+        return dict(self._tokenizer(list(texts), return_tensors="pt", truncation=True, max_length=self._length, padding=True))
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         labels = torch.tensor([self._index[str(row["label"])] for row in rows])
@@ -264,7 +262,9 @@ def make_task(
         if kind == CAUSAL_LM and loaded_data.kind == TEXT_CLASSIFICATION:
             loaded_data.kind, loaded_data.labels = CAUSAL_LM, None
         else:
-            raise DataError(f"{data} fits the task {loaded_data.kind}, not {kind}; its columns are {', '.join(loaded_data.train[0])}")
+            raise DataError(
+                f"{data} fits the task {loaded_data.kind}, not {kind}; its columns are {', '.join(loaded_data.train[0])}"
+            )
     loaded_data.train = loaded_data.train[:train_limit]
     loaded_data.test = loaded_data.test[:test_limit]
     loaded = load_model(model, loaded_data.kind, loaded_data.labels)
