@@ -42,7 +42,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, A: Tensor, scale: float, mask: Tensor | None
     ) -> Tensor:
         branch = x if mask is None else x * mask
-        z = branch @ A.t()  # (T, r)
+        z = (A @ branch.t()).t()  # (T, r)
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())  # (T, m)
         y.addmm_(z, B.t(), alpha=scale)
         need_x, _, _, need_B, need_A, _, _ = ctx.needs_input_grad
@@ -64,7 +64,7 @@ class _LowRankLinear(torch.autograd.Function):
         need_x, _, _, need_B, need_A, _, _ = ctx.needs_input_grad
         x_gradient = B_gradient = A_gradient = None
         if need_B:
-            B_gradient = (gradient.t() @ z) * ctx.scale  # (m, r)
+            B_gradient = (z.t() @ gradient).t() * ctx.scale  # (m, r); the thin matrix first, which is faster
         if need_A or need_x:
             z_gradient = (gradient @ B) * ctx.scale  # (T, r)
             if need_A:
