@@ -47,5 +47,5 @@ def test_with_the_input_factor_frozen_no_input_is_kept_and_second_derivatives_ar
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         y = low_rank_linear(x, W, None, B, A, 1.0)
     assert (7, 5) not in kept and (7, 2) in kept
-    with pytest.raises(TrainingError, match="torch.func"):
+    with pytest.raises(TrainingError, match="take them with"):
         torch.autograd.grad(y.square().sum(), [B], create_graph=True)
