@@ -132,9 +132,16 @@ def collect(
     return collect_at(model, targets, batches, needs, loss=loss)
 
 
-def problems(model: nn.Module, recipe: Recipe, where: Where = "all-linear", statistics: Statistics | None = None) -> list[Any]:
+def problems(
+    model: nn.Module,
+    recipe: Recipe,
+    where: Where = "all-linear",
+    statistics: Statistics | None = None,
+    *,
+    train_also: Sequence[str] = (),
+) -> list[Any]:
     """Every reason why `adapt_` would refuse, without touching the model; empty means legal."""
-    targets, _ = find_targets(model, where)
+    targets, _ = find_targets(model, where, exclude=train_also)
     sites = {site: site_of(target, 0, MaskStream(0)) for site, target in targets.items()}
     return recipe.problems(list(sites.values()), _collected(statistics, sites) if statistics is not None else None)
 

@@ -140,6 +140,9 @@ def make(slug: str, /, **arguments: Any) -> Recipe:
     for argument in arguments:
         if argument not in accepted:
             raise ArgumentError(f"{slug} has no argument {argument!r}. {did_you_mean(argument, accepted)}")
+    missing = [key for key, value in accepted.items() if value.default is value.empty and key not in arguments]
+    if missing:
+        raise ArgumentError(f"{slug} needs {', '.join(missing)}: write {slug}({', '.join(f'{key}=…' for key in missing)})")
     recipe: Recipe = kept.make(**arguments)
     said = ", ".join(f"{key}={_said(value)}" for key, value in arguments.items())
     return Recipe(**{**recipe.__dict__, "name": f"{slug}({said})" if said else slug})

@@ -2,56 +2,107 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.core.bindings import Adapters
+from rankwise.core.errors import MergeError, TrainingError
 from rankwise.core.merge import absorb_site
 from rankwise.core.parameterization import Parameterization
+from rankwise.core.protocols import Assign, Decision, Freeze, Keep, Mask, Resize, Restart
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
+from rankwise.core.sharding import is_sharded, sharded_like
 from rankwise.core.sites import site_of
 from rankwise.core.step import BlockOptimizer
-from rankwise.core.targets import Target
+from rankwise.core.targets import Target, tied_with
+
+if TYPE_CHECKING:
+    from rankwise.core.handle import Handle
 
 RANK_DIMENSION = {"A": 0, "B": 1, "gate": 0}  # where a role's tensor holds the r directions
+
+
+def carry_out(handle: Handle, site: str, decision: Decision, optimizer: BlockOptimizer | None) -> None:
+    """Carries out one decision at one site of a handle."""
+    entry = handle.parameterization(site)
+    match decision:
+        case Keep():
+            pass
+        case Mask(keep):
+            mask(entry, keep)
+        case Assign(values):
+            assign(entry, values)
+        case Resize(keep):
+            resize(entry, keep, optimizer)
+        case Freeze(roles):
+            freeze(entry, roles, optimizer)
+        case Restart(moments):
+            seed = zlib.crc32(f"restart/{handle.seed}/{handle.step_count}".encode())
+            beside = bool(tied_with(handle.model, site))  # writing into a tied weight would change its twin
+            restart(handle.targets[site], handle.name, moments, optimizer, seed, beside=beside)
 
 
 @torch.no_grad()
 def mask(entry: Parameterization, keep: Tensor) -> None:
     """Zeroes the gate where keep (r,) is False."""
     gate = entry.roles()["gate"]
-    gate.masked_fill_(~keep.to(gate.device), 0.0)
+    dropped = sharded_like((~keep).to(gate.dtype), gate).bool()  # (r,)
+    gate.copy_(torch.where(dropped, torch.zeros_like(gate), gate))
+
+
+@torch.no_grad()
+def assign(entry: Parameterization, values: Mapping[str, Tensor]) -> None:
+    """Copies values into trained tensors."""
+    roles = entry.roles()
+    for role, value in values.items():
+        roles[role].copy_(sharded_like(value, roles[role]))
 
 
 @torch.no_grad()
 def resize(entry: Parameterization, keep: Tensor, optimizer: BlockOptimizer | None) -> None:
-    """Cuts roles A, B and gate, and their optimizer state, down to the kept directions. The scale stays."""
-    kept = keep.nonzero().squeeze(1)
-    for name, parameter in list(entry.named_parameters()):
+    """Cuts roles A, B and gate, frozen ones too, and their optimizer state, down to the kept directions. The scale stays.
+
+    Raises:
+        TrainingError: a tensor is sharded.
+    """
+    kept = keep.nonzero().squeeze(1)  # (k,)
+    found = [*entry.named_parameters(), *entry.named_buffers()]
+    cut = [(name, tensor) for name, tensor in found if name.rpartition(".")[2] in RANK_DIMENSION]
+    for name, tensor in cut:
+        if is_sharded(tensor):
+            raise TrainingError(f"{name} is sharded; save the adapter, and prune it after load_ on one device")
+    for name, tensor in cut:
         owner_name, _, role = name.rpartition(".")
-        if role not in RANK_DIMENSION:
-            continue
         dimension = RANK_DIMENSION[role]
-        owner = entry.get_submodule(owner_name) if owner_name else entry
-        smaller = nn.Parameter(parameter.index_select(dimension, kept.to(parameter.device)), parameter.requires_grad)
-        setattr(owner, role, smaller)
-        if optimizer is not None:
-            _replace(optimizer, parameter, smaller, dimension, kept)
+        smaller = tensor.index_select(dimension, kept.to(tensor.device))
+        if isinstance(tensor, nn.Parameter):
+            smaller = nn.Parameter(smaller, tensor.requires_grad)
+            if optimizer is not None:
+                _replace(optimizer, tensor, smaller, dimension, kept)
+        setattr(entry.get_submodule(owner_name), role, smaller)
     for module in entry.modules():
-        if isinstance(module, Parameterization) and module.rank:
+        if isinstance(module, Parameterization) and module.rank == keep.numel():
             module.rank = int(kept.numel())
 
 
 def _replace(optimizer: BlockOptimizer, old: nn.Parameter, new: nn.Parameter, dimension: int, kept: Tensor) -> None:
+    """Puts the cut tensor in the old one's place.
+
+    State shaped like the tensor is cut with it. Any other (a preconditioner of r × r) belongs to the old directions: then the
+    tensor begins again without state.
+    """
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-    state: dict[str, Tensor] = optimizer.state.pop(old, {})
-    if state:
+    state: dict[str, Any] = optimizer.state.pop(old, {})
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    if state and all(value.dim() == 0 or value.shape == old.shape for value in tensors):
         optimizer.state[new] = {
-            name: value.index_select(dimension, kept.to(value.device)) if value.shape == old.shape else value
+            name: value.index_select(dimension, kept.to(value.device)) if isinstance(value, Tensor) and value.dim() else value
             for name, value in state.items()
         }
 
@@ -67,21 +118,41 @@ def freeze(entry: Parameterization, roles: frozenset[str], optimizer: BlockOptim
 
 
 @torch.no_grad()
-def restart(target: Target, name: str, moments: str | float, optimizer: BlockOptimizer | None, seed: int) -> None:
-    """Absorbs the update into the weight, draws the factors again at zero, and resets or prunes the moments."""
+def restart(
+    target: Target, name: str, moments: str | float, optimizer: BlockOptimizer | None, seed: int, *, beside: bool = False
+) -> None:
+    """Absorbs the update into the weight, draws the factors again at zero, and resets or prunes the moments.
+
+    A weight that cannot be written (quantized) or must not be (`beside`, for tied ones) keeps its numbers: the old factors then
+    go on acting beside it, frozen.
+
+    Raises:
+        TrainingError: the factors are sharded, or another adapter is merged into the weight.
+    """
     adapters = cast(Adapters, target.module._modules["adapter"])
     entry = adapters[name]
+    if any(is_sharded(parameter) for parameter in entry.parameters()):
+        raise TrainingError(f"{target.name}: sharded factors (FSDP) cannot be restarted; train this recipe with DDP instead")
     update = as_low_rank(entry.update())
     if update is None:
         raise TypeError(f"{type(entry).__name__} cannot be restarted: its update has no factors; this is a bug in rankwise")
-    absorb_site(target, name, update.folded())
+    weight = target.parameter()
+    if entry.absorbed:
+        beside = False
+    if beside or not weight.is_floating_point() or type(weight) is not nn.Parameter:
+        entry.carry(update, absorbed=False)
+    else:
+        try:
+            absorb_site(target, name, update.folded())
+        except MergeError as error:
+            raise TrainingError(f"{target.name} cannot be restarted: {error}") from error
     entry.restart(site_of(target, seed, MaskStream(seed)))
     if optimizer is None:
         return
     for parameter in entry.roles().values():
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for value in state.values():
-            if value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
                 _prune(value, moments)
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.core import merge
+from rankwise.core import merge, training
 from rankwise.core.bank import Bank
 from rankwise.core.bindings import Adapters, activate_, adapted_layers, detach
 from rankwise.core.errors import MergeError, TargetError, TrainingError, did_you_mean
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Parameterization
-from rankwise.core.protocols import Decision, Freeze, Keep, Mask, Perturbation, Procedure, RankSchedule, Resize, Restart
+from rankwise.core.protocols import Decision, Perturbation, Procedure, RankSchedule
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
@@ -58,7 +58,10 @@ class Handle:
         self.schedule: RankSchedule | None = recipe.schedule.build() if recipe.schedule else None
         self.procedure: Procedure | None = recipe.procedure.build() if recipe.procedure else None
         self._optimizer: BlockOptimizer | None = None
-        self._called_after_backward = False
+        parts = [type(part).__name__ for part in (self.perturbation, self.schedule, self.procedure) if part is not None]
+        between = parts[: len(parts) - (self.procedure is not None)]
+        self._calls = training.Calls(next(iter(between), None), next(iter(parts), None), recipe.name)
+        masks.recording = self.perturbation is not None and self.perturbation.second_pass
         self._hook = model.register_forward_pre_hook(masks.start_forward)
 
     # -- looking inside ------------------------------------------------------------------------------------------------
@@ -127,6 +130,8 @@ class Handle:
             lines.append(f"  adapted      {site}  {type(target.module).__name__} {target.m}×{target.n}  {roles}")
         lines += [f"  trained too  {name}  {tuple(p.shape)}" for name, p in self.auxiliary.items()]
         lines += [f"  left out     {name}  {reason}" for name, reason in self.skipped.items()]
+        unfinished = self.unfinished()
+        lines += [] if unfinished is None else [f"  unfinished   {unfinished}"]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -154,19 +159,14 @@ class Handle:
 
         plain = self.plain_blocks()
         self._optimizer = BlockOptimizer(
-            {**self.blocks(), **plain}, steps_with(self.recipe, overrides), lr, plain=plain, before=self._check_before_step
+            {**self.blocks(), **plain}, steps_with(self.recipe, overrides), lr, plain=plain, before=self._before_step
         )
         return self._optimizer
 
-    def _check_before_step(self) -> None:
+    def _before_step(self) -> None:
         for _, _, adapters in adapted_layers(self.model):
             adapters.checkpointed.clear()
-        needed = [part for part in (self.perturbation, self.schedule) if part is not None]
-        if needed and not self._called_after_backward:
-            raise TrainingError(
-                f"the recipe {self.recipe.name!r} has {type(needed[0]).__name__}, which works between backward and step; "
-                "call handle.after_backward() after loss.backward() and handle.after_step() after optimizer.step()"
-            )
+        self._calls.before_step()
 
     @property
     def learning_rate(self) -> float:
@@ -178,80 +178,65 @@ class Handle:
     def after_backward(self, replay: Callable[[], Any] | None = None, *, check_finite: bool = True) -> None:
         """Call after `loss.backward()`: runs the perturbation and the schedule's part before the step.
 
+        With accumulated gradients, call it once, after the last micro-batch.
+
         Args:
-            replay: runs forward and backward of this step again, for two-pass methods (SAM). It is called at the moved point.
+            replay: runs forward and backward of this step again (all its micro-batches), for two-pass methods (SAM). It is
+                called at the moved point and meets the same dropout masks.
             check_finite: look for NaN in the gradients. Switch it off under a gradient scaler, which looks itself.
 
         Raises:
-            TrainingError: a gradient is not finite, or a two-pass method got no replay.
+            TrainingError: a gradient is not finite, or a two-pass method got no replay or another step's.
         """
         blocks = self.blocks()
+        everything = {**blocks, **self.plain_blocks()}
+        self._calls.before_backward_part(everything)
         if check_finite:
-            for site, block in blocks.items():
-                for role, tensor in block.items():
-                    if tensor.grad is not None and not torch.isfinite(tensor.grad).all():
-                        raise TrainingError(
-                            f"step {self.step_count}: the gradient of {site}.{role} holds NaN or infinity. The weights are "
-                            "those of the last good step; lower the learning rate, or look for NaN in this batch"
-                        )
+            training.check_finite(everything, self.step_count)
         if self.schedule is not None:
             self.schedule.before_step(self.step_count, blocks)
-        if self.perturbation is not None:
-            self._perturb(
-                self.perturbation, {**blocks, **self.plain_blocks()} if self.perturbation.second_pass else blocks, replay
-            )
-        self._called_after_backward = True
+        part = self.perturbation
+        if part is not None and part.second_pass:
+            self._second_gradient(part, blocks, everything, replay)
+            if check_finite:
+                training.check_finite(everything, self.step_count)
+        elif part is not None:
+            part.move(blocks, learning_rate=self.learning_rate)
+        self.masks.forget()
+        self._calls.after_backward_part(everything)
 
-    def _perturb(self, perturbation: Perturbation, blocks: dict[str, dict[str, nn.Parameter]], replay: Any) -> None:
-        if not perturbation.second_pass:
-            perturbation.move(blocks, learning_rate=self.learning_rate)
-            return
-        if replay is None:
-            raise TrainingError(
-                f"{type(perturbation).__name__} takes the gradient a second time; pass a function that runs forward and "
-                "backward of this batch again: handle.after_backward(lambda: model(**batch).loss.backward())"
-            )
-        perturbation.move(blocks, learning_rate=self.learning_rate)
-        forwards = self.masks.forwards
-        try:
-            for block in blocks.values():
-                for tensor in block.values():
-                    tensor.grad = None
-            self.masks.forwards = forwards - 1  # the replay's forward counts up to the same masks
-            replay()
-        finally:
-            self.masks.forwards = forwards
-            perturbation.restore(blocks)
+    def _second_gradient(self, part: Perturbation, blocks: Any, everything: Any, replay: Callable[[], Any] | None) -> None:
+        def add_regularizer() -> None:
+            if self.schedule is not None:
+                self.schedule.before_step(self.step_count, blocks)
+
+        training.second_gradient(self.model, part, everything, self.masks, self.learning_rate, replay, add_regularizer)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Call after `optimizer.step()` and before `zero_grad()`: carries out what schedule and procedure decide."""
-        blocks = self.blocks()
+        from rankwise.core.decisions import carry_out
+
         for part in (self.schedule, self.procedure):
             if part is None:
                 continue
-            for site, decision in part.decide(self.step_count, blocks, learning_rate=self.learning_rate).items():
-                self._carry_out(site, decision)
+            for site, decision in part.decide(self.step_count, self.blocks(), learning_rate=self.learning_rate).items():
+                carry_out(self, site, decision, self._optimizer)
         if self.perturbation is not None:
             self.perturbation.advance()
         self.step_count += 1
-        self._called_after_backward = False
+        self._calls.after_step()
 
-    def _carry_out(self, site: str, decision: Decision) -> None:
-        from rankwise.core import decisions
+    def apply_(self, decisions: Mapping[str, Decision]) -> None:
+        """Carries out decisions now (prune zero gates, freeze a role), optimizer state included."""
+        from rankwise.core.decisions import carry_out
 
-        entry, optimizer = self.parameterization(site), self._optimizer
-        match decision:
-            case Keep():
-                pass
-            case Mask(keep):
-                decisions.mask(entry, keep)
-            case Resize(keep):
-                decisions.resize(entry, keep, optimizer)
-            case Freeze(roles):
-                decisions.freeze(entry, roles, optimizer)
-            case Restart(moments):
-                decisions.restart(self.targets[site], self.name, moments, optimizer, self.seed + self.step_count + 1)
+        for site, decision in decisions.items():
+            carry_out(self, site, decision, self._optimizer)
+
+    def unfinished(self) -> str | None:
+        """Why the schedule has not done its work after the steps taken so far (no rank pruned, say), or None."""
+        return None if self.schedule is None else self.schedule.unfinished(self.step_count)
 
     # -- keeping and removing ------------------------------------------------------------------------------------------
 

@@ -125,6 +125,16 @@ class Parameterization(nn.Module, ABC):
         return frozenset()
 
     @classmethod
+    def restarts(cls, **arguments: Any) -> bool:
+        """Whether a site can be absorbed into the weight and begin again: additive with exact factors, and has a `restart`."""
+        return cls.restart is not Parameterization.restart and cls.facts.additive and cls.facts.exact_lora_export
+
+    @classmethod
+    def gate_starts_open(cls, **arguments: Any) -> bool:
+        """Whether the role "gate", where there is one, starts away from zero."""
+        return True
+
+    @classmethod
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
         """The rank asked for, where it must not exceed min(m, n); None where any value fits."""
         return arguments.get("rank")
@@ -155,7 +165,7 @@ class Parameterization(nn.Module, ABC):
         """Recomputes what was read off the base, after a start has moved it."""
 
     def restart(self, site: Site) -> None:
-        """Draws the trained tensors again, from a freshly seeded site, so that `update()` is zero (ReLoRA)."""
+        """Draws the trained tensors again, from a freshly seeded site, so that `update()` is zero; see `restarts`."""
         raise TypeError(f"{type(self).__name__} cannot be restarted; this is a bug in rankwise")
 
     def roles(self) -> dict[str, nn.Parameter]:
@@ -175,11 +185,16 @@ class Parameterization(nn.Module, ABC):
         return LowRank(self.carried_B, self.carried_A)
 
     def carry(self, part: LowRank, *, absorbed: bool) -> None:
-        """Adds a frozen low-rank part to what is carried."""
+        """Adds a frozen low-rank part to what is carried, as factors as long as these are no wider than the matrix."""
         new = part.folded()
         old = self.carried()
-        B = new.B.detach().clone() if old is None else torch.cat([old.B, new.B.detach()], dim=1)
-        A = new.A.detach().clone() if old is None else torch.cat([old.A, new.A.detach()], dim=0)
+        B = new.B.detach().clone() if old is None else torch.cat([old.B, new.B.detach()], dim=1)  # (m, k)
+        A = new.A.detach().clone() if old is None else torch.cat([old.A, new.A.detach()], dim=0)  # (k, n)
+        m, n = part.shape
+        if B.shape[1] > min(m, n):  # many restarts: the product itself is smaller now
+            product = B @ A  # (m, n)
+            identity = torch.eye(min(m, n), dtype=B.dtype, device=B.device)
+            B, A = (product, identity) if n <= m else (identity, product)
         self.carried_B, self.carried_A, self.absorbed = B, A, absorbed
 
     def effective(self, base: Operator) -> Operator:

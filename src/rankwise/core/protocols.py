@@ -100,13 +100,28 @@ class Restart:
     moments: str | float = "reset"
 
 
-Decision = Keep | Mask | Resize | Freeze | Restart
+@dataclass(frozen=True)
+class Assign:
+    """Put these values into the trained tensors of these roles; optimizer state stays."""
+
+    values: Mapping[str, Tensor]
+
+
+Decision = Keep | Mask | Resize | Freeze | Restart | Assign
 
 
 class RankSchedule(ABC):
-    """Interface: a pure decision per site; the handle carries it out, optimizer state too."""
+    """Interface: a pure decision per site; the handle carries it out, optimizer state too.
+
+    Attributes:
+        roles: trained tensors it needs.
+        shrinks_gates: whether it pulls gates to zero, so that one starting there would never leave.
+        prunes: whether it cuts directions away, which a start that moved a part of the weight into them does not survive.
+    """
 
     roles: ClassVar[frozenset[str]] = frozenset()
+    shrinks_gates: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
 
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (most add nothing)
         """After backward: may add the gradient of a regularizer to `.grad`."""
@@ -128,9 +143,15 @@ class RankSchedule(ABC):
 
 
 class Procedure(ABC):
-    """Interface: a method that owns the loop or the network, built from the other pieces."""
+    """Interface: a method that owns the loop or the network, built from the other pieces.
+
+    Attributes:
+        roles: trained tensors it needs.
+        restarts: whether it begins sites again (`Restart`), which not every parameterization can.
+    """
 
     roles: ClassVar[frozenset[str]] = frozenset()
+    restarts: ClassVar[bool] = False
 
     @abstractmethod
     def decide(self, step: int, blocks: Mapping[str, Block], *, learning_rate: float) -> Mapping[str, Decision]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -17,8 +19,8 @@ _REMEMBERED = 4096  # mask calls kept for recomputation: layers × micro-batches
 
 def generator_for(seed: int, *names: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream depends on the seed and on names (of a layer, of a purpose). CPU streams agree everywhere."""
-    text = "/".join(str(name) for name in names)
-    return torch.Generator(device).manual_seed((int(seed) << 32) ^ zlib.crc32(text.encode()))
+    text = "/".join(str(name) for name in (int(seed), *names))  # a CPU generator reads 32 bits of its seed and no more
+    return torch.Generator(device).manual_seed(zlib.crc32(text.encode()))
 
 
 class MaskStream:
@@ -32,16 +34,53 @@ class MaskStream:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.forwards = 0
+        self.recording = False  # whether the forwards of a step are kept for a second pass
+        self._recorded: list[int] = []
+        self._pending: list[int] | None = None  # during a second pass: forwards still to be repeated
         self._shared: tuple[weakref.ref[Tensor], int, float, str, Tensor] | None = None
         self._calls: OrderedDict[tuple[str, float], tuple[int, str]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"seed": self.seed, "forwards": self.forwards, "_shared": None, "_calls": OrderedDict()}
+        fresh = {"_recorded": [], "_pending": None, "_shared": None, "_calls": OrderedDict()}
+        return {"seed": self.seed, "forwards": self.forwards, "recording": self.recording, **fresh}
 
-    def start_forward(self, *_: object) -> None:
+    def start_forward(self, model: Any = None, *_: object) -> None:
         """Called once per forward of the model, as its forward pre-hook."""
-        self.forwards += 1
         self._shared = None
+        if self._pending is not None:
+            if not self._pending:
+                raise TrainingError(
+                    f"the replay runs more forwards than the step did ({len(self._recorded)}); it has to repeat exactly the "
+                    "forwards and backwards since the last step"
+                )
+            self.forwards = self._pending.pop(0)
+            return
+        self.forwards += 1
+        if self.recording and torch.is_grad_enabled() and (model is None or model.training):
+            self._recorded.append(self.forwards)
+
+    def forget(self) -> None:
+        """A step is over: its forwards will not be repeated."""
+        self._recorded.clear()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Within, forwards repeat those of the step, micro-batches too, in order and with the same masks.
+
+        Raises:
+            TrainingError: they are not as many as in the step.
+        """
+        forwards = self.forwards
+        self._pending = list(self._recorded) if self._recorded else None
+        try:
+            yield
+            if self._pending:
+                raise TrainingError(
+                    f"the replay ran {len(self._recorded) - len(self._pending)} of the step's {len(self._recorded)} forwards "
+                    "in training mode. It has to run every micro-batch of the step again; run others under torch.no_grad()"
+                )
+        finally:
+            self.forwards, self._pending, self._shared = forwards, None, None
 
     def mask(self, x: Tensor, probability: float, site: str) -> Tensor:
         """A mask of x's shape and dtype: 0 with the given probability, else 1 / (1 - probability).

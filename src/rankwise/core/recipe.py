@@ -162,7 +162,43 @@ class Recipe:
     def problems(self, sites: Iterable[Site] = (), collected: Iterable[Statistic] | None = None) -> list[Problem]:
         """Every reason why the recipe is illegal, on these sites if given. Empty means legal."""
         sites = list(sites)
-        return [*self._role_problems(), *self._start_problems(collected), *self._site_problems(sites)]
+        return [
+            *self._role_problems(),
+            *self._gate_problems(),
+            *self._restart_problems(),
+            *self._start_problems(collected),
+            *self._site_problems(sites),
+        ]
+
+    def _gate_problems(self) -> list[Problem]:
+        method, arguments = self._parameterization_class, self.parameterization.arguments
+        if self.schedule is None or not self.schedule.factory.shrinks_gates or "gate" not in self.roles:  # type: ignore[attr-defined]
+            return []
+        if method.gate_starts_open(**arguments):
+            return []
+        return [
+            Problem(
+                piece=f"schedule {self.schedule.name}",
+                needs="gates that start away from zero, since it pulls them there",
+                has=f"those of {self.parameterization} start at zero and would never leave",
+                remedy="use gated_lora(form='sora')",
+            )
+        ]
+
+    def _restart_problems(self) -> list[Problem]:
+        method = self._parameterization_class
+        if self.procedure is None or not self.procedure.factory.restarts:  # type: ignore[attr-defined]
+            return []
+        if method.restarts(**self.parameterization.arguments):
+            return []
+        return [
+            Problem(
+                piece=f"procedure {self.procedure.name}",
+                needs="a parameterization that can be absorbed into the weight and begin again at zero",
+                has=f"{self.parameterization.name} cannot",
+                remedy="use an additive parameterization of low rank (lora, rslora, lora_fa), or drop it",
+            )
+        ]
 
     def _role_problems(self) -> list[Problem]:
         method, roles = self.parameterization.name, self.roles
@@ -221,6 +257,16 @@ class Recipe:
                     remedy="use lora, rslora or dora (lora_xs for a product), or drop this start",
                 )
             )
+        prunes = self.schedule is not None and self.schedule.factory.prunes  # type: ignore[attr-defined]
+        if start.kind == PRODUCT and prunes and self.schedule is not None:
+            found.append(
+                Problem(
+                    piece=f"schedule {self.schedule.name}",
+                    needs="directions that can be pruned without loss",
+                    has=f"start {self.start.name} puts a part of the weight into every direction, which pruning throws away",
+                    remedy="use a start with B = 0 (eva, nystrom_nora), or drop one of the two",
+                )
+            )
         missing = sorted(item.value for item in self.needs - frozenset(collected or ())) if collected is not None else []
         if missing:
             found.append(
@@ -260,7 +306,22 @@ class Recipe:
                     )
                 )
             found.extend(method.problems_at(site, **self.arguments_at(site.name)))
+            found.extend(self._projection_problems(site))
         return found
+
+    def _projection_problems(self, site: Site) -> list[Problem]:
+        smaller = min(site.m, site.n)
+        return [
+            Problem(
+                piece=f"step {step.name}",
+                needs=f"1 <= rank <= min(m, n) = {smaller}",
+                has=f"rank is {step.rank} for a layer of {site.m} × {site.n}",
+                remedy=f"use rank={smaller} or less, or leave the layer out with where=",
+                sites=(site.name,),
+            )
+            for step in self.steps()
+            if step.rank is not None and not 1 <= step.rank <= smaller
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping, versioned."""

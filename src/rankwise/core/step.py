@@ -34,6 +34,10 @@ class Step(NamedTuple):
         roles: roles that must be present; the step is refused elsewhere.
         preconditions: whether it preconditions the gradient; two of those in one chain are refused.
         plain: what blocks without these roles (a classification head) get instead; None means they are left alone.
+        rank: the rank it projects to, which must fit every layer; None where it has none.
+        order: roles the shell moves one after the other, so that later ones see earlier ones moved; empty: all at once.
+        after: called when the tensors have moved, (state, parameters) -> factors to multiply tensors by, per role.
+        rescaled: how this step's state of one tensor follows when that tensor is multiplied by a factor; None: not at all.
     """
 
     init: Callable[[Block], State]
@@ -43,6 +47,10 @@ class Step(NamedTuple):
     roles: frozenset[str] = frozenset()
     preconditions: bool = False
     plain: Any = None
+    rank: int | None = None
+    order: tuple[str, ...] = ()
+    after: Callable[[State, Block], dict[str, Tensor]] | None = None
+    rescaled: Callable[[dict[str, Tensor], Tensor], None] | None = None
 
 
 def stateless(
@@ -58,42 +66,70 @@ def stateless(
 
 
 def chain(*steps: Step) -> Step:
-    """Runs steps one after the other, in the order of their stages."""
+    """Runs steps one after the other, in the order of their stages. State is kept under "<step's name>.<name>"."""
     order = (GRADIENT, MOMENTS, DIRECTION)
     ordered = sorted(steps, key=lambda step: order.index(step.stage))
+    named: list[tuple[str, Step]] = []  # prefix of the state's names, step
+    for step in ordered:
+        repeated = sum(step.name == other.name for _, other in named)
+        named.append((f"{step.name}{repeated + 1 if repeated else ''}.", step))
+
+    def part_of(state: State, prefix: str) -> State:
+        return {role: _with_prefix(tensors, prefix) for role, tensors in state.items()}
 
     def init(block: Block) -> State:
         state: State = {role: {} for role in block}
-        for index, step in enumerate(ordered):
-            for role, tensors in step.init(block).items():
-                state[role].update({f"{index}.{name}": tensor for name, tensor in tensors.items()})
+        for prefix, step in named:
+            _put_back(state, step.init(block), prefix)
         return state
 
     def update(gradients: Block, state: State, parameters: Block) -> Block:
-        for index, step in enumerate(ordered):
-            prefix = f"{index}."
-            part: State = {
-                role: {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-                for role, tensors in state.items()
-            }
+        for prefix, step in named:
+            part = part_of(state, prefix)
             gradients = step.update(gradients, part, parameters)
-            for role, tensors in part.items():
-                state[role].update({f"{prefix}{name}": tensor for name, tensor in tensors.items()})
+            _put_back(state, part, prefix)
         return gradients
 
-    roles = frozenset().union(*(step.roles for step in ordered))
-    return Step(init, update, " + ".join(step.name for step in ordered), MOMENTS, roles)
+    def after(state: State, parameters: Block) -> dict[str, Tensor]:
+        factors: dict[str, Tensor] = {}
+        for prefix, step in named:
+            if step.after is not None:
+                for role, factor in step.after(part_of(state, prefix), parameters).items():
+                    factors[role] = factors[role] * factor if role in factors else factor
+        return factors
+
+    def rescaled(tensors: dict[str, Tensor], factor: Tensor) -> None:
+        for prefix, step in named:
+            if step.rescaled is not None:
+                step.rescaled(_with_prefix(tensors, prefix), factor)
+
+    return Step(
+        init,
+        update,
+        " + ".join(step.name for step in ordered),
+        MOMENTS,
+        frozenset().union(*(step.roles for step in ordered)),
+        order=next((step.order for step in ordered if step.order), ()),
+        after=after if any(step.after is not None for step in ordered) else None,
+        rescaled=rescaled,
+    )
 
 
-def for_plain_blocks(steps: Iterable[Step]) -> list[Step]:
-    """The chain for tensors that belong to no adapter: steps that need roles give way to what they name as `plain`."""
-    kept = []
-    for step in steps:
-        if not step.roles:
-            kept.append(step)
-        elif step.plain is not None:
-            kept.append(step.plain)
-    return kept
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _put_back(state: State, part: State, prefix: str) -> None:
+    for role, tensors in part.items():
+        for name, tensor in tensors.items():
+            state[role][prefix + name] = tensor
+
+
+def for_roles(steps: Iterable[Step], roles: Iterable[str]) -> list[Step]:
+    """The chain for a block that trains only these roles: steps that need others give way to what they name as `plain`."""
+    present = frozenset(roles)
+    kept = [step if step.roles <= present else step.plain for step in steps]
+    return [step for step in kept if step is not None]
 
 
 class BlockOptimizer(torch.optim.Optimizer):
@@ -103,7 +139,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         blocks: site -> block; parameters are read from here once, afterwards from `param_groups`.
         steps: the chain for adapter blocks.
         lr: learning rate.
-        plain: site names whose blocks are ordinary tensors (a head), which get the chain of `for_plain_blocks`.
+        plain: site names whose blocks are ordinary tensors (a head), whose tensors have no roles: steps that need some are
+            left out there, or replaced by what they name as `plain`.
         before: called at the start of every step, to check that nothing was forgotten.
     """
 
@@ -117,7 +154,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         before: Callable[[], None] | None = None,
     ) -> None:
         steps = list(steps)
-        self._steps, self._plain_steps = chain(*steps), chain(*for_plain_blocks(steps))
+        self._steps, self._chains = steps, {}
         self._plain, self._before = frozenset(plain), before
         named = [(f"{site}.{role}", tensor) for site, block in blocks.items() for role, tensor in block.items()]
         super().__init__(named, {"lr": lr})
@@ -139,18 +176,45 @@ class BlockOptimizer(torch.optim.Optimizer):
                 self._step_block(site, parameters, float(group["lr"]))
         return loss
 
+    def _chain_for(self, roles: frozenset[str]) -> Step:
+        """The chain for a block with these roles. A frozen role leaves out the steps that need it, not the whole block."""
+        if roles not in self._chains:
+            self._chains[roles] = chain(*for_roles(self._steps, roles))
+        return self._chains[roles]
+
     def _step_block(self, site: str, parameters: dict[str, Tensor], lr: float) -> None:
-        step = self._plain_steps if site in self._plain else self._steps
-        if not all(role in parameters for role in step.roles):
-            return  # a frozen role: the pieces that need it have nothing to do at this site
-        if any(not self.state[tensor] for tensor in parameters.values()):
-            for role, tensors in step.init(parameters).items():
-                self.state[parameters[role]].update(tensors)
+        step = self._chain_for(frozenset() if site in self._plain else frozenset(parameters))
+        fresh = [role for role, tensor in parameters.items() if not self.state[tensor]]
+        if fresh:
+            started = step.init(parameters)
+            for role in fresh:
+                self.state[parameters[role]].update(started[role])
         gradients = {role: tensor.grad for role, tensor in parameters.items() if tensor.grad is not None}
         state: State = {role: self.state[tensor] for role, tensor in parameters.items()}
-        directions = step.update(gradients, state, parameters)
-        for role, tensor in parameters.items():
-            tensor.add_(directions[role].to(tensor.dtype), alpha=-lr)
+        turns: list[tuple[str, ...]] = [(role,) for role in step.order if role in parameters]
+        turns.append(tuple(role for role in parameters if role not in step.order))
+        for turn in turns:
+            directions = step.update({role: gradients[role] for role in turn}, state, parameters)
+            for role in turn:
+                parameters[role].add_(directions[role].to(parameters[role].dtype), alpha=-lr)
+        if step.after is not None and step.rescaled is not None:
+            for role, factor in step.after(state, parameters).items():
+                parameters[role].mul_(factor)
+                step.rescaled(state[role], factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave, copied and to the bit: torch would cast state to the dtype of its tensor.
+
+        Counters (0-d tensors) stay where they are; the rest goes to the device of the tensor that it belongs to.
+        """
+        super().load_state_dict(state_dict)
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        for index, tensor in zip(indices, tensors, strict=True):
+            kept: dict[str, Tensor] = state_dict["state"].get(index, {})
+            self.state[tensor] = {
+                name: value.clone() if value.dim() == 0 else value.to(tensor.device, copy=True) for name, value in kept.items()
+            }
 
 
 def _blocks_of(group: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:

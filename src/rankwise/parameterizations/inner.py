@@ -60,6 +60,11 @@ class Wrapping(Parameterization):
         return method.start_kinds(**inside) if arguments.get("direction", True) else frozenset()
 
     @classmethod
+    def gate_starts_open(cls, **arguments: Any) -> bool:
+        method, inside = cls._inside(arguments)
+        return method.gate_starts_open(**inside)
+
+    @classmethod
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
         method, inside = cls._inside(arguments)
         return method.width_of(m, n, **inside) if arguments.get("direction", True) else None

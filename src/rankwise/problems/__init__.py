@@ -1,1 +1,1 @@
-"""Low-rank matrix problems with known truth: the field's classical testbeds."""
+"""Low-rank matrix problems with a known answer: the testbed on which the library's own steps and starts are run."""

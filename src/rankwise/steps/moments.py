@@ -9,9 +9,12 @@ Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2017, arXiv:1711.0510
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from rankwise.core.errors import ArgumentError
 from rankwise.core.recipe import register
 from rankwise.core.step import MOMENTS, Block, State, Step
 
@@ -33,6 +36,11 @@ def adamw(
         decay_vectors: decay 1-D tensors as well.
     """
     first, second = betas
+    if not (0.0 <= first < 1.0 and 0.0 <= second < 1.0 and eps >= 0.0 and weight_decay >= 0.0):
+        raise ArgumentError(
+            f"adamw needs betas in [0, 1), eps >= 0 and weight_decay >= 0, not betas={betas}, eps={eps}, "
+            f"weight_decay={weight_decay}"
+        )
 
     def init(block: Block) -> State:
         return {
@@ -49,16 +57,23 @@ def adamw(
 
     def _direction(gradient: Tensor, kept: dict[str, Tensor], parameter: Tensor) -> Tensor:
         kept["step"] += 1
-        count = float(kept["step"])
-        kept["exp_avg"].lerp_(gradient.to(kept["exp_avg"].dtype), 1 - first)
-        kept["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        denominator = (kept["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(eps)
-        direction = (kept["exp_avg"] / (1 - first**count)).div_(denominator)
+        count, mean, square = float(kept["step"]), kept["exp_avg"], kept["exp_avg_sq"]
+        gradient = gradient.to(mean.dtype)
+        mean.lerp_(gradient, 1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        # m̂/(√v̂ + ε) with both corrections folded into the denominator: one temporary instead of three.
+        corrected = 1 - first**count
+        direction = square.sqrt().mul_(corrected / math.sqrt(1 - second**count)).add_(corrected * eps)
+        torch.div(mean, direction, out=direction)
         if weight_decay and (decay_vectors or parameter.dim() > 1):
-            direction = direction.add_(parameter, alpha=weight_decay)
+            direction.add_(parameter, alpha=weight_decay)
         return direction
 
-    return Step(init, update, "adamw", MOMENTS)
+    def rescaled(kept: dict[str, Tensor], factor: Tensor) -> None:
+        kept["exp_avg"].div_(factor)  # p -> c p makes g -> g / c
+        kept["exp_avg_sq"].div_(factor * factor)
+
+    return Step(init, update, "adamw", MOMENTS, rescaled=rescaled)
 
 
 @register("step")
@@ -69,6 +84,10 @@ def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0) -> Step:
         momentum: μ in v <- μ v + g.
         weight_decay: λ, added to the gradient as λ p.
     """
+    if not (0.0 <= momentum < 1.0 and weight_decay >= 0.0):
+        raise ArgumentError(
+            f"sgd needs momentum in [0, 1) and weight_decay >= 0, not momentum={momentum}, weight_decay={weight_decay}"
+        )
 
     def init(block: Block) -> State:
         return {role: {"velocity": torch.zeros_like(tensor)} if momentum else {} for role, tensor in block.items()}
@@ -82,4 +101,8 @@ def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0) -> Step:
             directions[role] = direction
         return directions
 
-    return Step(init, update, "sgd", MOMENTS)
+    def rescaled(kept: dict[str, Tensor], factor: Tensor) -> None:
+        if momentum:
+            kept["velocity"].div_(factor)
+
+    return Step(init, update, "sgd", MOMENTS, rescaled=rescaled)

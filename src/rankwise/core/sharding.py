@@ -1,0 +1,27 @@
+"""Tensors that training may have sharded over devices (DTensor): read whole, and plain ones brought into their form."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over a device mesh."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor on this device; the tensor itself where it is not sharded. A collective call where it is."""
+    return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_like(plain: Tensor, reference: Tensor) -> Tensor:
+    """A plain tensor (the same on every device) on the device, in the dtype and with the sharding of another."""
+    if is_sharded(plain) or not is_sharded(reference):
+        return plain.to(device=reference.device, dtype=reference.dtype)
+    from torch.distributed.tensor import distribute_tensor
+
+    moved = plain.to(device=reference.device, dtype=reference.dtype)
+    return distribute_tensor(moved, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
