@@ -136,7 +136,8 @@ def test_refusals() -> None:
         Regression().adapt("gated_lora(rank=2, form='svd') + sora")
     with pytest.raises(RecipeError, match="would never leave"):
         Regression().adapt("dora(inner=gated_lora(rank=2)) + sora")
-    Regression().adapt("gated_lora(rank=2, form='svd') + pissa + sora")  # the start opens the gates
+    with pytest.raises(RecipeError, match="can be pruned without loss; start PiSSA"):
+        Regression().adapt("gated_lora(rank=2, form='sora') + pissa + sora")
 
 
 def test_unfinished_without_a_zero() -> None:

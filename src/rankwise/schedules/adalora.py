@@ -45,8 +45,7 @@ class AdaLoRA(RankSchedule):
         final_steps: steps at the end with a fixed mask.
         interval: steps between masks.
         orthogonality: γ.
-        beta1: of the importance average.
-        beta2: of its uncertainty.
+        beta1, beta2: of the importance average and of its uncertainty.
     """
 
     roles: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate"})
