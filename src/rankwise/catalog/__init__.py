@@ -15,7 +15,19 @@ from rankwise.core.catalog import Entry, names
 from rankwise.core.catalog import get as entry
 from rankwise.core.errors import ArgumentError
 
-MODULES = ("parameterizations", "steps", "starts", "perturbations", "schedules", "procedures", "compression", "problems")
+MODULES = (
+    "parameterizations",
+    "starts",
+    "steps",
+    "perturbations",
+    "schedules",
+    "procedures",
+    "merging",
+    "compression",
+    "certificates",
+    "serving",
+    "problems",
+)
 for _module in MODULES:
     importlib.import_module(f"rankwise.catalog.{_module}")
 

@@ -24,6 +24,7 @@ def stepping(*steps: Piece, name: str) -> Recipe:
     formula="p ← p − η (m̂/(√v̂ + ε) + λ p)",
     reference=Reference("Loshchilov, Hutter", "Decoupled Weight Decay Regularization", 2017, "1711.05101"),
     cost="2 state numbers per trained number",
+    state="2*r*(m + n)",
     when="The default.",
 )
 def adamw(*, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Recipe:
@@ -37,6 +38,7 @@ def adamw(*, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999
     formula="p ← p − η g",
     reference=Reference("Robbins, Monro", "A Stochastic Approximation Method", 1951),
     cost="no state; 1 number per trained number with momentum",
+    state="0",
     when="For experiments, and under a preconditioner (scaled_gd), which makes it competitive on factors.",
 )
 def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0) -> Recipe:
@@ -53,6 +55,7 @@ ratio_of_rates = ratio.lora_plus  # its argument has the module's name
     formula="η_A = η, η_B = ratio·η",
     reference=Reference("Hayou, Ghosh, Yu", "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024, "2402.12354"),
     cost="none",
+    state="2*r*(m + n)",
     when="Cheap to try on any pair B, A; halve the learning rate first.",
 )
 def lora_plus(*, ratio: float = 16.0) -> Recipe:
@@ -71,6 +74,7 @@ def lora_plus(*, ratio: float = 16.0) -> Recipe:
         "2302.01186",
     ),
     cost="O(r²(m + n) + r³) per layer and step, no state",
+    state="2*r*(m + n)",
     when="With SGD, where it is worth most, or when the right learning rate is hard to find.",
 )
 def scaled_gd(*, damping: float = 1e-6, normalized: bool = False, sequential: bool = False) -> Recipe:
@@ -87,6 +91,7 @@ def scaled_gd(*, damping: float = 1e-6, normalized: bool = False, sequential: bo
         "Zhang, Li, Giannakis", "RefLoRA: Refactored Low-Rank Adaptation for Efficient Fine-Tuning of Large Models", 2025
     ),
     cost="O(r²(m + n) + r³) per layer and step; 1 counter per factor",
+    state="2*r*(m + n)",
     when="When the factors drift out of balance; a small effect at a small cost.",
     tiny={"warmup": 2},
 )
@@ -110,6 +115,7 @@ def reflora(*, warmup: int = 100, interval: int = 1, variant: str = "matrix") ->
     cost="state min(m, n) r + 2 max(m, n) r instead of 2mn; a decomposition of the gradient every `refresh` steps",
     merges="exact",
     exports="not of low rank; the best rank-r substitute with its error",
+    state="min(m, n)*r + 2*max(m, n)*r",
     when="To train whole weights when their moments do not fit into memory.",
     tiny={"rank": 2, "refresh": 3},
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core import merge
-from rankwise.core.bank import Bank
+from rankwise.core.bank import Bank, Banks
 from rankwise.core.bindings import activate_, adapted_layers, attach, detach
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import ArgumentError, RecipeError, TargetError, did_you_mean, shorten
@@ -132,9 +132,16 @@ def collect(
     return collect_at(model, targets, batches, needs, loss=loss)
 
 
-def problems(model: nn.Module, recipe: Recipe, where: Where = "all-linear", statistics: Statistics | None = None) -> list[Any]:
+def problems(
+    model: nn.Module,
+    recipe: Recipe,
+    where: Where = "all-linear",
+    statistics: Statistics | None = None,
+    *,
+    train_also: Sequence[str] = (),
+) -> list[Any]:
     """Every reason why `adapt_` would refuse, without touching the model; empty means legal."""
-    targets, _ = find_targets(model, where)
+    targets, _ = find_targets(model, where, exclude=train_also)
     sites = {site: site_of(target, 0, MaskStream(0)) for site, target in targets.items()}
     return recipe.problems(list(sites.values()), _collected(statistics, sites) if statistics is not None else None)
 
@@ -210,7 +217,7 @@ def _attach_bank(model: nn.Module, recipe: Recipe, sites: Mapping[str, Site], na
     if bank is None:
         return
     if BANKS not in model._modules:
-        model.add_module(BANKS, nn.ModuleDict())
+        model.add_module(BANKS, Banks())
     model._modules[BANKS][name] = bank  # type: ignore[index]
 
 

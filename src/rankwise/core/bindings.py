@@ -121,8 +121,8 @@ class Adapters(nn.ModuleDict):
             return
         if self.checkpointed and self.checkpointed != {(self.active, id(self.rows)): None}:
             raise TrainingError(
-                "another adapter was chosen between a checkpointed forward and its backward, so the layers that run again would "
-                "use the wrong one; call backward() (and handle.after_step()) before activating another adapter"
+                "another adapter was chosen between a checkpointed forward and its backward, so the layers that run again "
+                "would use the wrong one; call backward() (and handle.after_step()) before activating another adapter"
             )
 
     def extra_repr(self) -> str:

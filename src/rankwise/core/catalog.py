@@ -52,6 +52,7 @@ class Entry:
         formula: one line in the letters of the library.
         trained: trained numbers per layer, as a formula.
         cost: extra cost, as a formula or a sentence.
+        state: of a step, numbers kept per layer beside counters, as a Python expression in m, n, r; the contract counts them.
         merges: "exact", or how the weight is changed.
         exports: "exact at rank r", or why not.
         when: one honest sentence on when to use it.
@@ -67,6 +68,7 @@ class Entry:
     reference: Reference
     trained: str = ""
     cost: str = ""
+    state: str = ""
     merges: str = ""
     exports: str = ""
     when: str = ""

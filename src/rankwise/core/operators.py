@@ -195,8 +195,8 @@ class Chain(Operator):
 
     def narrowest(self) -> LowRank:
         """The exact pair (B, A) at the narrowest inner width."""
-        cuts = range(1, len(self.factors))
-        cut = min(cuts, key=lambda i: self.factors[i].shape[0])
+        widths = [factor.shape[0] for factor in self.factors[1:]]
+        cut = widths.index(min(widths)) + 1
         return LowRank(_product(self.factors[:cut]), _product(self.factors[cut:]), self.scale)
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:

@@ -126,8 +126,13 @@ class Parameterization(nn.Module, ABC):
 
     @classmethod
     def restarts(cls, **arguments: Any) -> bool:
-        """Whether `restart` can draw the trained tensors again so that `update()` is zero (ReLoRA)."""
-        return False
+        """Whether a site can be absorbed into the weight and begin again: additive with exact factors, and has a `restart`."""
+        return cls.restart is not Parameterization.restart and cls.facts.additive and cls.facts.exact_lora_export
+
+    @classmethod
+    def gate_starts_open(cls, **arguments: Any) -> bool:
+        """Whether the role "gate", where there is one, starts away from zero."""
+        return True
 
     @classmethod
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:

@@ -111,9 +111,17 @@ Decision = Keep | Mask | Resize | Freeze | Restart | Assign
 
 
 class RankSchedule(ABC):
-    """Interface: a pure decision per site; the handle carries it out, optimizer state too."""
+    """Interface: a pure decision per site; the handle carries it out, optimizer state too.
+
+    Attributes:
+        roles: trained tensors it needs.
+        shrinks_gates: whether it pulls gates to zero, so that one starting there would never leave.
+        prunes: whether it cuts directions away, which a start that moved a part of the weight into them does not survive.
+    """
 
     roles: ClassVar[frozenset[str]] = frozenset()
+    shrinks_gates: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
 
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (most add nothing)
         """After backward: may add the gradient of a regularizer to `.grad`."""

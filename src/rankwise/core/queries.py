@@ -10,7 +10,7 @@ svd(op)            thin singular value decomposition; O((m + n) r²) through QR 
 
 from __future__ import annotations
 
-from functools import singledispatch
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,33 +33,48 @@ class SVD(NamedTuple):
         return SVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
 
-@singledispatch
+_narrow: dict[type[Operator], Callable[..., LowRank | None]] = {}
+
+
+def narrow_form(kind: type[Operator]) -> Callable[[Callable[..., LowRank | None]], Callable[..., LowRank | None]]:
+    """Registers how `as_low_rank` works for a kind of operator; functools.singledispatch cannot be compiled."""
+
+    def keep(function: Callable[..., LowRank | None]) -> Callable[..., LowRank | None]:
+        _narrow[kind] = function
+        return function
+
+    return keep
+
+
 def as_low_rank(operator: Operator) -> LowRank | None:
     """The exact (B, A) of an operator, or None where it has none narrower than the matrix itself."""
+    for kind in type(operator).__mro__:
+        if kind in _narrow:
+            return _narrow[kind](operator)
     return None
 
 
-@as_low_rank.register
+@narrow_form(LowRank)
 def _(operator: LowRank) -> LowRank | None:
     return operator
 
 
-@as_low_rank.register
+@narrow_form(Chain)
 def _(operator: Chain) -> LowRank | None:
     return operator.narrowest() if len(operator.factors) > 1 else None
 
 
-@as_low_rank.register
+@narrow_form(Tucker)
 def _(operator: Tucker) -> LowRank | None:
     return LowRank(operator.factors[0], operator.unfolded(), operator.scale)
 
 
-@as_low_rank.register
+@narrow_form(TensorTrain)
 def _(operator: TensorTrain) -> LowRank | None:
     return LowRank(*operator.halves(), operator.scale)
 
 
-@as_low_rank.register
+@narrow_form(Sum)
 def _(operator: Sum) -> LowRank | None:
     parts = [as_low_rank(term) for term in operator.terms]
     exact = [part.folded() for part in parts if part is not None]
@@ -68,7 +83,7 @@ def _(operator: Sum) -> LowRank | None:
     return LowRank(torch.cat([part.B for part in exact], dim=1), torch.cat([part.A for part in exact], dim=0))
 
 
-@as_low_rank.register
+@narrow_form(Scaled)
 def _(operator: Scaled) -> LowRank | None:
     inner = as_low_rank(operator.inner)
     if inner is None:
@@ -78,19 +93,19 @@ def _(operator: Scaled) -> LowRank | None:
     return LowRank(inner.B * operator.factor, inner.A, inner.scale)
 
 
-@as_low_rank.register
+@narrow_form(RowScale)
 def _(operator: RowScale) -> LowRank | None:
     inner = as_low_rank(operator.inner)
     return None if inner is None else LowRank(operator.scale[:, None] * inner.B, inner.A, inner.scale)
 
 
-@as_low_rank.register
+@narrow_form(ColumnScale)
 def _(operator: ColumnScale) -> LowRank | None:
     inner = as_low_rank(operator.inner)
     return None if inner is None else LowRank(inner.B, inner.A * operator.scale, inner.scale)
 
 
-@as_low_rank.register
+@narrow_form(Dropped)
 def _(operator: Dropped) -> LowRank | None:
     return as_low_rank(operator.inner)
 
@@ -176,7 +191,7 @@ def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
 def _square_row_norms(base: Base, weight: Tensor) -> Tensor:
     """‖w_i‖² of the frozen layer, kept on the layer until its weight changes."""
     source = base.plain_weight()
-    if source is None or source.requires_grad or source.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or source is None or source.requires_grad or source.is_inference():
         return weight.square().sum(1)
     key = (source.data_ptr(), source._version, weight.dtype, str(source.device))
     cached = base.layer.__dict__.get("_rankwise_square_row_norms")

@@ -19,8 +19,8 @@ _REMEMBERED = 4096  # mask calls kept for recomputation: layers × micro-batches
 
 def generator_for(seed: int, *names: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream depends on the seed and on names (of a layer, of a purpose). CPU streams agree everywhere."""
-    text = "/".join(str(name) for name in names)
-    return torch.Generator(device).manual_seed((int(seed) << 32) ^ zlib.crc32(text.encode()))
+    text = "/".join(str(name) for name in (int(seed), *names))  # a CPU generator reads 32 bits of its seed and no more
+    return torch.Generator(device).manual_seed(zlib.crc32(text.encode()))
 
 
 class MaskStream:

@@ -164,9 +164,25 @@ class Recipe:
         sites = list(sites)
         return [
             *self._role_problems(),
+            *self._gate_problems(),
             *self._restart_problems(),
             *self._start_problems(collected),
             *self._site_problems(sites),
+        ]
+
+    def _gate_problems(self) -> list[Problem]:
+        method, arguments = self._parameterization_class, self.parameterization.arguments
+        if self.schedule is None or not self.schedule.factory.shrinks_gates or "gate" not in self.roles:  # type: ignore[attr-defined]
+            return []
+        if method.gate_starts_open(**arguments):
+            return []
+        return [
+            Problem(
+                piece=f"schedule {self.schedule.name}",
+                needs="gates that start away from zero, since it pulls them there",
+                has=f"those of {self.parameterization} start at zero and would never leave",
+                remedy="use gated_lora(form='sora')",
+            )
         ]
 
     def _restart_problems(self) -> list[Problem]:
@@ -180,7 +196,7 @@ class Recipe:
                 piece=f"procedure {self.procedure.name}",
                 needs="a parameterization that can be absorbed into the weight and begin again at zero",
                 has=f"{self.parameterization.name} cannot",
-                remedy="use lora, rslora or lora_fa, or drop it",
+                remedy="use an additive parameterization of low rank (lora, rslora, lora_fa), or drop it",
             )
         ]
 
@@ -239,6 +255,16 @@ class Recipe:
                     needs=f"a parameterization that can hold {what}",
                     has=f"{method} {'has a start of its own' if not kinds else 'holds only ' + ', '.join(sorted(kinds))}",
                     remedy="use lora, rslora or dora (lora_xs for a product), or drop this start",
+                )
+            )
+        prunes = self.schedule is not None and self.schedule.factory.prunes  # type: ignore[attr-defined]
+        if start.kind == PRODUCT and prunes and self.schedule is not None:
+            found.append(
+                Problem(
+                    piece=f"schedule {self.schedule.name}",
+                    needs="directions that can be pruned without loss",
+                    has=f"start {self.start.name} puts a part of the weight into every direction, which pruning throws away",
+                    remedy="use a start with B = 0 (eva, nystrom_nora), or drop one of the two",
                 )
             )
         missing = sorted(item.value for item in self.needs - frozenset(collected or ())) if collected is not None else []

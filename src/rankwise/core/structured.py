@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ class Tucker(Operator):
             tensor = (tensor.movedim(mode, -1) @ self.factors[mode].t()).movedim(-1, mode)
         return tensor
 
+    def _fits(self, layout: Layout) -> TypeGuard[ConvLayout]:
+        """Whether the modes are those of the convolution's own weight."""
+        sizes = tuple(factor.shape[0] for factor in self.factors[1:])
+        return isinstance(layout, ConvLayout) and sizes == (layout.channels, *layout.kernel)
+
     def dense(self) -> Tensor:
         return (self.factors[0] @ self.unfolded()) * self.scale
 
@@ -104,7 +110,7 @@ class Tucker(Operator):
         dtype = compute_dtype(x, self.core.dtype)
         if len(self.factors) == 2:  # three thin products instead of one (j_out, n)
             z = layout.mix(layout.project(x, self.factors[1].t().to(dtype)), self.core.to(dtype))
-        elif isinstance(layout, ConvLayout) and self.core.shape[1] < layout.channels:
+        elif self._fits(layout) and self.core.shape[1] < layout.channels:
             # A pointwise step down to j_in channels commutes with padding, so the kernel meets j_in channels only.
             narrow = replace(layout, channels=self.core.shape[1])
             kernel = self._expanded(range(2, self.core.dim()))  # (j_out, j_in, kernel…)

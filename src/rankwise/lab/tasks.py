@@ -1,277 +1,196 @@
-"""Tasks: a model and data to adapt it to, with deterministic batches and measures. What `rankwise train` and `compare` work on.
+"""A task: a model, data to adapt it to, batches that a seed decides, and measures. `make_task` builds one from names.
 
-    make_task("packaged:minilm", "packaged:tweets")            text classification
-    make_task("packaged:smollm2", "packaged:reasoning-gym/chain_sum")   causal language model, exact match
-    make_task("packaged:dinov2-small", "packaged:fashion-mnist")        image classification
-
-The base is loaded once; `fresh_model` copies it and draws what is new in it (a head) from the seed, so that every recipe starts
-from the same numbers and meets the same batches.
+Three kinds, told by the data's columns: a causal language model (chat messages, prompt and answer, or plain text), text
+classification and image classification. Batches depend on the seed alone, so every recipe sees the same ones.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rankwise.core.errors import DataError
-from rankwise.core.randomness import generator_for
+from rankwise.core.errors import ArgumentError
 from rankwise.core.targets import Where
 from rankwise.lab.data import Data, Row, load_data
-from rankwise.lab.general import Drift, general_images, general_text, language_loss
-from rankwise.lab.language import Language
-from rankwise.lab.models import CAUSAL_LM, IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, LoadedModel, load_model
+from rankwise.lab.models import CAUSAL, IMAGE, LoadedModel, initialize_, load_model
 
-Batch = dict[str, Tensor]
+Batch = dict[str, torch.Tensor]
+PROBE_SEED = 1_000_003  # the order of probe batches; no training seed uses it
+EVAL_LIMIT = {CAUSAL: 200}  # rows evaluated unless the user says otherwise; generation is slow
+DEFAULT_EVAL_LIMIT = 1000
 
 
-class Format(ABC):
-    """Interface: how rows of one kind become batches, and how a model is measured on them."""
+class Task(ABC):
+    """A model and data to adapt it to.
+
+    Attributes:
+        loaded, data: what it is made of.
+        kind: one of `rankwise.lab.models.KINDS`.
+        head: modules trained whole beside the adapter (a new classification head); may be empty.
+        where: layers to adapt, as for `rankwise.adapt_`.
+        metric_name: key of the main measure in what `evaluate` returns.
+        higher_is_better: whether a larger value of it is better.
+        retention_note: what `retention` measures, or why it gives None.
+        device: where models and batches are.
+    """
 
     metric_name: str
-    higher_is_better = True
+    higher_is_better: bool
+    retention_note: str
 
-    @abstractmethod
-    def batch(self, rows: Sequence[Row]) -> Batch:
-        """Rows as keyword arguments of the model, labels included."""
+    def __init__(self, loaded: LoadedModel, data: Data, *, seed: int, device: str, where: Where = "all-linear") -> None:
+        self.loaded, self.data, self.seed, self.device = loaded, data, seed, device
+        self.kind, self.head, self.where = loaded.kind, loaded.fresh, where
 
-    @abstractmethod
-    def evaluate(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, float]:
-        """The measures, `metric_name` and "loss" among them."""
-
-    @abstractmethod
-    def retention(self, model: nn.Module) -> float | None:
-        """What the model still knows of general data."""
-
-    @abstractmethod
-    def general_name(self) -> str:
-        """What retention is measured on."""
-
-
-class Task:
-    """See `rankwise.lab.protocol.Task`."""
-
-    where: Where = "all-linear"
-
-    def __init__(self, loaded: LoadedModel, data: Data, form: Format, settings: Mapping[str, Any]) -> None:
-        self._loaded, self._data, self._form, self._settings = loaded, data, form, dict(settings)
-        self.head: Sequence[str] = loaded.head
-        self.metric_name, self.higher_is_better = form.metric_name, form.higher_is_better
-        self.kind, self.tokenizer, self.labels = loaded.kind, loaded.tokenizer, data.labels
+    # -- the model -----------------------------------------------------------------------------------------------------
 
     def fresh_model(self, seed: int) -> nn.Module:
-        """A copy of the untouched base; new modules are drawn from the seed."""
-        model = copy.deepcopy(self._loaded.model)
-        with torch.no_grad():
-            for name in self.head:
-                for key, parameter in model.get_submodule(name).named_parameters():
-                    generator = generator_for(seed, "head", name, key)
-                    std = getattr(model.config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        return model
+        """The untouched base on the task's device, in eval mode; what is new in it (a head) is drawn from the seed."""
+        model = copy.deepcopy(self.loaded.model)
+        initialize_(model, self.head, seed)
+        return model.to(self.device).eval()
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def train_size(self) -> int:
+        """How many examples there are to train on."""
+
+    @abstractmethod
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """Training examples as one batch on the CPU, labels included."""
 
     def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
-        """`steps` batches; every pass over the rows has an order of its own, decided by the seed."""
-        rows, order, passes = self._data.train, [], 0
+        """`steps` batches in an order that the seed decides; more steps continue the same order, epoch after epoch."""
+        order = self._order(seed)
         for _ in range(steps):
-            while len(order) < batch_size:
-                generator = generator_for(seed, "order", passes)
-                order += torch.randperm(len(rows), generator=generator).tolist()
-                passes += 1
-            taken, order = order[:batch_size], order[batch_size:]
-            yield self._form.batch([rows[index] for index in taken])
+            yield self.to_device(self.collate([next(order) for _ in range(batch_size)]))
 
-    def probe_batches(self, count: int) -> list[Batch]:
-        """A few batches of training rows, the same for every recipe."""
-        return list(self.train_batches(min(8, len(self._data.train)), count, seed=-1 & 0xFFFF))
+    def probe_batches(self, count: int, batch_size: int = 8) -> list[Batch]:
+        """A few batches of training data, the same at every call: for starts that read statistics, and for counting costs."""
+        return list(self.train_batches(batch_size, count, PROBE_SEED))
 
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch where the model is."""
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def _order(self, seed: int) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(self.train_size, generator=generator).tolist()
+
+    # -- measures ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measures on the held-out rows."""
-        with _evaluating(model):
-            return self._form.evaluate(model, self._data.test)
+        """Measures on held-out rows: `metric_name`, "loss" and others. Leaves the model's mode as it was."""
 
+    @abstractmethod
     def retention(self, model: nn.Module) -> float | None:
-        """Loss on general text (language models) or drift of the body's features (classifiers)."""
-        with _evaluating(model):
-            return self._form.retention(model)
+        """How much of general ability is lost, lower is better; None where there is no measure (see `retention_note`)."""
+
+    # -- telling -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Model, data and settings in plain values."""
+        """Model, data and settings in plain values; two tasks with the same description give the same numbers."""
         return {
-            "model": self._loaded.name,
-            "data": self._data.name,
             "kind": self.kind,
-            "train_rows": len(self._data.train),
-            "test_rows": len(self._data.test),
-            "retention_on": self._form.general_name(),
-            **self._settings,
+            "model": self.loaded.name,
+            "model_numbers": sum(parameter.numel() for parameter in self.loaded.model.parameters()),
+            "model_hash": _model_hash(self.loaded.model, self.head),
+            "data": self.data.name,
+            "data_hash": _rows_hash([*self.data.train, *self.data.evaluation], self.data.columns.values()),
+            "columns": dict(self.data.columns),
+            "train_rows": len(self.data.train),
+            "eval_rows": len(self.data.evaluation),
+            "labels": list(self.data.labels),
+            "seed": self.seed,
+            "metric": self.metric_name,
+            "retention": self.retention_note,
         }
 
-
-class _evaluating:  # noqa: N801  (a with-block)
-    """eval() for the length of a with-block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)
-
-
-class Classification(Format):
-    """Text or images with one label each."""
-
-    metric_name = "accuracy"
-
-    def __init__(self, loaded: LoadedModel, labels: Sequence[str], length: int, image_size: int) -> None:
-        self._index = {label: index for index, label in enumerate(labels)}
-        self._tokenizer, self._length, self._size = loaded.tokenizer, length, image_size
-        self._general, batches = self._general_batches()
-        self._drift = Drift(loaded.model, batches)
-
-    def _general_batches(self) -> tuple[str, list[Batch]]:
-        if self._tokenizer is None:
-            name, images = general_images(self._size)
-            return name, [{"pixel_values": normalized(part)} for part in images.split(8)]
-        name, passages = general_text()
-        return name, [self._tokens(passages[start : start + 8]) for start in range(0, len(passages), 8)]
-
-    def _tokens(self, texts: Sequence[str]) -> Batch:
-        return dict(self._tokenizer(list(texts), return_tensors="pt", truncation=True, max_length=self._length, padding=True))
-
-    def batch(self, rows: Sequence[Row]) -> Batch:
-        labels = torch.tensor([self._index[str(row["label"])] for row in rows])
-        if self._tokenizer is None:
-            images = torch.stack([as_image(row["image"], self._size) for row in rows])
-            return {"pixel_values": normalized(images), "labels": labels}
-        return {**self._tokens([str(row["text"]) for row in rows]), "labels": labels}
-
-    def evaluate(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, float]:
-        from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
-
-        if self._tokenizer is not None:  # rows of like length together: less padding, same numbers
-            rows = sorted(rows, key=lambda row: len(str(row["text"])))
-        scores, labels = [], []
-        with torch.no_grad():
-            for start in range(0, len(rows), 64):
-                batch = self.batch(rows[start : start + 64])
-                labels.append(batch.pop("labels"))
-                scores.append(model(**batch).logits.float())
-        logits, targets = torch.cat(scores), torch.cat(labels)
-        classes = len(self._index)
-        return {
-            "loss": float(nn.functional.cross_entropy(logits, targets)),
-            "accuracy": float(multiclass_accuracy(logits, targets, classes, average="micro")),
-            "macro_f1": float(multiclass_f1_score(logits, targets, classes, average="macro")),
-        }
-
-    def retention(self, model: nn.Module) -> float | None:
-        return self._drift(model)
-
-    def general_name(self) -> str:
-        return f"drift of features on {self._general}"
-
-
-class Generation(Format):
-    """A causal language model on chats, questions with answers, or plain text."""
-
-    def __init__(self, loaded: LoadedModel, data: Data, length: int, new_tokens: int) -> None:
-        self._language = Language(loaded.tokenizer, length, new_tokens, data.score)
-        self._asks = "prompt" in data.train[0]
-        self.metric_name = "exact_match" if self._asks else "loss"
-        self.higher_is_better = self._asks
-        self._general, self._passages = general_text()
-
-    def batch(self, rows: Sequence[Row]) -> Batch:
-        return self._language.batch(rows)
-
-    def evaluate(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, float]:
-        measures = {"loss": self._language.loss(model, rows)}
-        return measures | {"exact_match": self._language.exact_match(model, rows)} if self._asks else measures
-
-    def retention(self, model: nn.Module) -> float | None:
-        return language_loss(model, self._language.tokenizer, self._passages, self._language.length)
-
-    def general_name(self) -> str:
-        return f"loss on {self._general}"
-
-
-def as_image(value: Any, size: int) -> Tensor:
-    """A file name, PIL image or array as (3, size, size) in [0, 1]."""
-    import numpy
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(value, str):
-        try:
-            value = Image.open(value)
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{value} cannot be read as an image: {error}") from error
-    if isinstance(value, Image.Image):
-        value = numpy.asarray(value.convert("RGB"))
-    pixels = torch.as_tensor(numpy.array(value)).float() / 255
-    pixels = pixels.expand(3, *pixels.shape) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-    resized = nn.functional.interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-    return resized[0].clamp(0, 1)
-
-
-def normalized(images: Tensor) -> Tensor:
-    """Images in [0, 1] by the mean and spread of ImageNet, as pretrained vision models expect them."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (images - mean[:, None, None]) / std[:, None, None]
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.loaded.name} on {self.data.name}: {len(self.data.train)} rows to train on, "
+            f"{len(self.data.evaluation)} to evaluate on, {self.metric_name})"
+        )
 
 
 def make_task(
-    model: str,
-    data: str,
+    model_spec: str,
+    data_spec: str,
     *,
-    kind: str | None = None,
-    test_data: str | None = None,
-    text: str | None = None,
-    label: str | None = None,
-    length: int = 128,
-    image_size: int = 56,
-    new_tokens: int = 16,
+    task: str | None = None,
+    seed: int = 0,
+    evaluation: str | None = None,
+    columns: Mapping[str, str] | None = None,
     train_limit: int | None = None,
-    test_limit: int | None = 1000,
+    eval_limit: int | None = None,
+    max_length: int | None = None,
+    image_size: int | None = None,
+    retention: str = "auto",
+    device: str | None = None,
 ) -> Task:
-    """Builds a task from the names of a model and of data.
+    """Builds a task from the names of a model and data.
 
     Args:
-        model: see `rankwise.lab.models.load_model`.
-        data: see `rankwise.lab.data.load_data`.
-        kind: "causal-lm", "text-classification" or "image-classification"; default: what the columns fit.
-        test_data: a second file to evaluate on.
-        text, label: column names.
-        length: most tokens of a row.
-        image_size: pixels of an image's side.
-        new_tokens: most tokens of an answer.
-        train_limit, test_limit: most rows; the first ones of the fixed order.
+        model_spec: see `rankwise.lab.models.load_model`.
+        data_spec: see `rankwise.lab.data.load_data`; so are evaluation, columns and train_limit.
+        task: "causal-lm", "text-classification" or "image-classification"; default: told by the data's columns.
+        seed: of the choice of rows where a limit leaves some out.
+        evaluation, columns, train_limit: as for `load_data`.
+        eval_limit: rows to evaluate on; default 1000, or 200 for causal language models.
+        max_length: tokens per row; default 128 for classification, 256 for language models.
+        image_size: side in pixels; default: what the model was made for.
+        retention: data with general text for `Task.retention`, "none", or "auto": the KJV if it is installed, else the source
+            of Python's standard library. Image tasks use two photographs of scikit-learn.
+        device: default: "cuda" if there is one, else "cpu".
 
     Raises:
-        DataError, ModelError: see `load_data` and `load_model`.
+        ModelError, DataError: something is missing or does not fit.
     """
-    loaded_data = load_data(data, test=test_data, text=text, label=label)
-    if kind is not None and kind != loaded_data.kind:
-        if kind == CAUSAL_LM and loaded_data.kind == TEXT_CLASSIFICATION:
-            loaded_data.kind, loaded_data.labels = CAUSAL_LM, None
-        else:
-            raise DataError(
-                f"{data} fits the task {loaded_data.kind}, not {kind}; its columns are {', '.join(loaded_data.train[0])}"
-            )
-    loaded_data.train = loaded_data.train[:train_limit]
-    loaded_data.test = loaded_data.test[:test_limit]
-    loaded = load_model(model, loaded_data.kind, loaded_data.labels)
-    settings: dict[str, Any] = {"length": length}
-    if loaded_data.kind == CAUSAL_LM:
-        form: Format = Generation(loaded, loaded_data, length, new_tokens)
-    else:
-        form = Classification(loaded, loaded_data.labels or (), length, image_size)
-        settings = {"image_size": image_size} if loaded_data.kind == IMAGE_CLASSIFICATION else settings
-    return Task(loaded, loaded_data, form, settings)
+    from rankwise.lab.causal import CausalTask
+    from rankwise.lab.classify import ImageClassification, TextClassification
+
+    data = load_data(
+        data_spec, evaluation=evaluation, task=task, columns=columns, train_limit=train_limit, seed=seed,
+        eval_limit=eval_limit or EVAL_LIMIT.get(task or "", DEFAULT_EVAL_LIMIT),
+    )  # fmt: skip
+    if eval_limit is None and task is None and data.kind in EVAL_LIMIT:
+        kept = data.evaluation[: EVAL_LIMIT[data.kind]]
+        data = Data(**{**data.__dict__, "evaluation": kept})
+    if max_length is not None and (data.kind == IMAGE or max_length < 8):
+        raise ArgumentError(f"max_length is a number of tokens, 8 or more, for tasks on text; got {max_length} for {data.kind}")
+    loaded = load_model(model_spec, data.kind, data.labels, image_size=image_size)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if data.kind == CAUSAL:
+        return CausalTask(loaded, data, seed=seed, device=place, max_length=max_length or 256, retention=retention)
+    if data.kind == IMAGE:
+        return ImageClassification(loaded, data, seed=seed, device=place, retention=retention)
+    return TextClassification(loaded, data, seed=seed, device=place, max_length=max_length or 128, retention=retention)
+
+
+def _rows_hash(rows: Sequence[Row], columns: Any) -> str:
+    digest, used = hashlib.sha256(), sorted(columns)
+    for row in rows:
+        for column in used:
+            value = row[column]
+            digest.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def _model_hash(model: nn.Module, head: Sequence[str]) -> str:
+    """Of sums over every tensor but the fresh ones: cheap, and another checkpoint under the same name does not go unnoticed."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not any(name.startswith(f"{module}.") for module in head):
+            digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum()):.12e}".encode())
+    return digest.hexdigest()[:16]

@@ -74,6 +74,10 @@ class GatedLoRA(Additive):
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
         return frozenset({PRODUCT, INPUT})
 
+    @classmethod
+    def gate_starts_open(cls, **arguments: Any) -> bool:
+        return arguments.get("form", "svd") == "sora"
+
     def update(self) -> Operator:
         update = LowRank(self.B, self.gate[:, None] * self.A, self.scale)
         return Dropped(update, self.dropout, self.masks) if self.training and self.dropout and self.masks else update

@@ -45,8 +45,8 @@ class Wrapping(Parameterization):
     @classmethod
     def _inside(cls, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The inner class and its arguments."""
-        named = (arguments.get(key) for key in ("inner", "rank", "alpha"))
-        chosen = inner_piece(*named, arguments.get("scale", "lora"))
+        inner, rank, alpha = (arguments.get(key) for key in ("inner", "rank", "alpha"))
+        chosen = inner_piece(inner, rank, alpha, arguments.get("scale", "lora"))
         return chosen.factory, dict(chosen.arguments)
 
     @classmethod
@@ -58,6 +58,11 @@ class Wrapping(Parameterization):
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
         method, inside = cls._inside(arguments)
         return method.start_kinds(**inside) if arguments.get("direction", True) else frozenset()
+
+    @classmethod
+    def gate_starts_open(cls, **arguments: Any) -> bool:
+        method, inside = cls._inside(arguments)
+        return method.gate_starts_open(**inside)
 
     @classmethod
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:

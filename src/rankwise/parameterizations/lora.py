@@ -57,6 +57,9 @@ class LoRA(Additive):
         freeze_output: keep B at random orthonormal columns and train A from 0, the control of the asymmetry paper.
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(
         self,
         site: Site,
@@ -114,10 +117,6 @@ class LoRA(Additive):
     @classmethod
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
         return frozenset({PRODUCT, INPUT})
-
-    @classmethod
-    def restarts(cls, **arguments: Any) -> bool:
-        return True
 
     def update(self) -> Operator:
         update = LowRank(self.B, self.A, self.scale)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.core.bank import Bank
 from rankwise.core.combinators import Dropped, RowScale, Sum
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Base, LowRank, Operator
@@ -51,6 +52,7 @@ class Magnitude(Wrapping):
 
     facts = Facts(additive=False, exact_lora_export=False)
     own_roles = frozenset({"magnitude"})
+    bank: Bank | None
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class Magnitude(Wrapping):
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
         self.dropout, self.masks, self.detach_norm = dropout, site.masks, detach_norm
         self.plan, self.n = Plan(), site.n
-        self.__dict__["bank"] = site.bank  # a child of the model's root already
+        object.__setattr__(self, "bank", site.bank)  # a child of the model's root already
         self.inner = build_inner(inner_piece(inner, rank, alpha, scale), site) if direction else None
         if self.inner is not None:
             self.rank, self.scale = self.inner.rank, self.inner.scale

@@ -25,7 +25,7 @@ from rankwise.core.errors import ArgumentError, Problem
 from rankwise.core.layouts import Layout, LinearLayout
 from rankwise.core.operators import LowRank, Operator, compute_dtype
 from rankwise.core.parameterization import Additive, Facts, Site
-from rankwise.core.queries import as_low_rank
+from rankwise.core.queries import narrow_form
 from rankwise.core.recipe import register
 from rankwise.parameterizations.blocks import LAYOUTS, largest_divisor, problem, tiled_identity
 
@@ -64,7 +64,7 @@ class ShardSum(Operator):
         return torch.addmm(y.reshape(-1, y.shape[-1]), pooled, self.B.to(y.dtype).t()).reshape(y.shape)
 
 
-@as_low_rank.register
+@narrow_form(ShardSum)
 def _(operator: ShardSum) -> LowRank | None:
     return operator.factors()
 

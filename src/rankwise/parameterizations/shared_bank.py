@@ -45,6 +45,10 @@ class SharedBank(Additive):
         save_projections: keep A and B in checkpoints, instead of their seed and hash (always, where they are not shared).
     """
 
+    b: Tensor
+    d: Tensor
+    bank: Bank | None
+
     def __init__(
         self,
         site: Site,
@@ -69,7 +73,7 @@ class SharedBank(Additive):
             else:
                 self.register_buffer(role, vector + 1 if role == "b" else vector)
         # The model's root holds the shared bank as a child; a bank of the layer's own is a child here.
-        self.__dict__["bank"] = site.bank if share else None
+        object.__setattr__(self, "bank", site.bank if share else None)
         if not share:
             seed = int(torch.randint(2**31, (1,), generator=site.generator("bank")))
             self.own_bank = _draw([site], rank, seed, stored=True)

@@ -195,7 +195,7 @@ def lora_linear(
     input_condition: float = 1.0,
     seed: int = 0,
 ) -> Problem:
-    """½ E‖(W + s·BA) x - W* x‖² with W* - W = s·M*, inputs of covariance Σ with condition `input_condition`; BA = M* solves it."""
+    """½ E‖(W + s·BA) x - W* x‖² with W* = W + s·M* and inputs of covariance Σ, whose condition is `input_condition`."""
     if scale <= 0.0 or input_condition < 1.0:
         raise ArgumentError(f"scale is positive and input_condition >= 1, not {scale} and {input_condition}")
     truth = draw_truth(m, n, rank, condition, spectrum, symmetric=False, generator=generator_for(seed, "truth"))

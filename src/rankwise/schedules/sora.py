@@ -66,6 +66,8 @@ class SoRA(RankSchedule):
     """
 
     roles: ClassVar[frozenset[str]] = frozenset({"gate"})
+    prunes: ClassVar[bool] = True
+    shrinks_gates: ClassVar[bool] = True
 
     def __init__(
         self,

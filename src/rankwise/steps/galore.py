@@ -11,8 +11,8 @@ O(m² n), and two products O(m n r) per step. `side="full"` projects on both sid
 It is not a low-rank update and has nothing to export as LoRA; the gradient itself stays (m, n). Clipping by the global norm
 sees the whole gradient.
 
-*Differs*: decay is `weight_decay` here and acts on the whole W; the 8-bit and layer-wise variants of the release are left
-out.
+*Differs*: singular vectors get fixed signs, arbitrary in the release; decay is `weight_decay` here and acts on the whole W;
+the 8-bit and layer-wise variants of the release are left out.
 
 Zhao, Zhang, Chen, Wang, Anandkumar, Tian: GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024,
 arXiv:2403.03507.

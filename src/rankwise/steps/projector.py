@@ -61,11 +61,20 @@ def side_of(rule: str, m: int, n: int) -> str:
 
 
 def svd_basis(gradient: Tensor, rank: int, side: str, kept: Kept) -> Projection:
-    """The leading singular vectors of the gradient of this very step, in at least float32."""
+    """The leading singular vectors of the gradient of this very step, in at least float32.
+
+    Their signs are arbitrary and moments outlive a change of basis, so each vector's largest entry is made positive: the
+    result then depends neither on the linear algebra library nor on whether W or Wᵀ is trained.
+    """
     U, _, Vh = torch.linalg.svd(at_least_single(gradient), full_matrices=False)
-    P = U[:, :rank].contiguous() if side in ("left", "full") else None  # (m, r)
-    Q = Vh[:rank].contiguous() if side in ("right", "full") else None  # (r, n)
+    P = _signed(U[:, :rank].mT).mT.contiguous() if side in ("left", "full") else None  # (m, r)
+    Q = _signed(Vh[:rank]).contiguous() if side in ("right", "full") else None  # (r, n)
     return Projection(P, Q)
+
+
+def _signed(rows: Tensor) -> Tensor:
+    """The rows (r, k), each with its largest entry positive."""
+    return rows * torch.gather(rows, 1, rows.abs().argmax(dim=1, keepdim=True)).sign()
 
 
 def keep_moments(kept: Kept, old: Projection, new: Projection) -> None:
