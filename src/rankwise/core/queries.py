@@ -127,9 +127,10 @@ def row_norms(operator: Operator) -> Tensor:
         return _wide(operator.dense()).norm(dim=1)
     W, pair = _wide(base.dense()), update.folded()
     B, A = _wide(pair.B), _wide(pair.A)
-    cross = ((W @ A.t()) * B).sum(1)  # (m,)
-    square = ((B @ (A @ A.t())) * B).sum(1)  # (m,)
-    return _root(_square_row_norms(base, W) + 2 * cross + square)
+    half = torch.addmm(
+        (A @ W.t()).t(), B, A @ A.t(), alpha=0.5
+    )  # (m, r): W Aᵀ + ½ B A Aᵀ; thin matrices go first, it is faster
+    return _root(torch.add(_square_row_norms(base, W), (half * B).sum(1), alpha=2))
 
 
 def column_norms(operator: Operator) -> Tensor:
@@ -185,7 +186,8 @@ def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
     """The frozen base and the low-rank rest of a sum, or None for what is not of that form."""
     if not isinstance(operator, Sum) or not isinstance(operator.terms[0], Base) or len(operator.terms) < 2:
         return None, None
-    return operator.terms[0], as_low_rank(Sum(*operator.terms[1:]))
+    rest = operator.terms[1:]
+    return operator.terms[0], as_low_rank(rest[0] if len(rest) == 1 else Sum(*rest))
 
 
 def _square_row_norms(base: Base, weight: Tensor) -> Tensor:
