@@ -1,4 +1,4 @@
-"""Run by torchrun with two processes: trains under one way of distributing, and writes what came out for the test to compare."""
+"""Run by torchrun with two processes: trains in one distributed way and writes what came out."""
 
 from __future__ import annotations
 
@@ -71,22 +71,40 @@ def under_fsdp(handle: rw.Handle) -> nn.Module:
     return model
 
 
-def under_trainer(folder: Path) -> dict[str, Tensor]:
-    """The Trainer with DDP: SAM's second pass and a checkpoint in the middle; then again from that checkpoint."""
+def under_trainer(folder: Path, sharding: bool) -> dict[str, Tensor]:
+    """The Trainer with a checkpoint in the middle; then again from that checkpoint."""
     from tests.interop.test_trainer import rows, trainer
 
-    def run(resume: str | None) -> dict[str, Tensor]:
-        handle = rw.adapt_(llama(), rw.compose("lora(rank=4, dropout=0.2) + sam(rho=0.05) + sgd(momentum=0.9)"), seed=3)
+    def run(recipe: str, resume: str | None, name: str) -> dict[str, Tensor]:
+        handle = rw.adapt_(llama(), rw.compose(recipe), seed=3)
         settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_accumulation_steps": 2}
-        loop = trainer(
-            handle, folder / "run", lr=0.3, data=rows(32), per_device_train_batch_size=1, ddp_backend="gloo", **settings
-        )
+        settings |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo", "lr": 0.3, "data": rows(32)}
+        loop = trainer(handle, folder / name, **settings)
+        assert loop.args.world_size == 2
+        if sharding:
+            shard(loop, lambda: lambda model, lr: handle.optimizer(lr))
         loop.train(resume_from_checkpoint=resume)
+        assert sharding == any(is_sharded(tensor) for block in handle.blocks().values() for tensor in block.values())
         return tensors(handle)
 
-    first = run(None)
-    again = run(str(folder / "run" / "checkpoint-2"))
-    return first | {f"resumed.{name}": tensor for name, tensor in again.items()}
+    plain = "lora(rank=4) + sgd(momentum=0.9)"
+    found = {f"plain.{key}": tensor for key, tensor in run(plain, None, "plain").items()}
+    hard = plain if sharding else "lora(rank=4, dropout=0.2) + sam(rho=0.05) + sgd(momentum=0.9)"
+    found |= {f"first.{key}": tensor for key, tensor in run(hard, None, "hard").items()}
+    again = run(hard, str(folder / "hard" / "checkpoint-2"), "hard")
+    return found | {f"again.{key}": tensor for key, tensor in again.items()}
+
+
+def shard(loop: Any, make_optimizer: Any) -> None:
+    """Puts the Trainer under FSDP2. Accelerate does so for accelerators only, and falls back to DDP on CPUs without a word."""
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin
+
+    state = loop.accelerator.state
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+    )
+    loop.is_fsdp_enabled, loop.optimizer, loop.optimizer_cls_and_kwargs = True, None, (make_optimizer, {"lr": 0.3})
 
 
 def main(mode: str, folder: Path) -> None:
@@ -94,8 +112,8 @@ def main(mode: str, folder: Path) -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    if mode == "trainer":
-        save_file(under_trainer(folder), folder / f"trainer.{rank}.safetensors")
+    if mode.startswith("trainer"):
+        save_file(under_trainer(folder, mode == "trainer_fsdp"), folder / f"trainer.{rank}.safetensors")
     else:
         for kind in RECIPES:
             handle = make(kind)

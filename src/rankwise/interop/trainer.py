@@ -3,6 +3,10 @@
     handle = rankwise.adapt_(model, recipe)
     Trainer(model, args, …, optimizers=(handle.optimizer(lr=2e-4), None), callbacks=[TrainerCallback(handle)]).train()
 
+Under FSDP the Trainer refuses `optimizers=`; there this does the same:
+
+    optimizer_cls_and_kwargs=(lambda: lambda model, lr: handle.optimizer(lr), {"lr": 2e-4})
+
 Between backward and the optimizer's step it calls `handle.after_backward`, between the step and zero_grad `handle.after_step`.
 Into every checkpoint folder it writes `rankwise/`: the adapter as `handle.save` does, and the training state (step count,
 masks, schedules) for resuming to the same weights. A gradient that is not finite stops training with the adapter of the last
