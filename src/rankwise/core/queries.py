@@ -127,9 +127,8 @@ def row_norms(operator: Operator) -> Tensor:
         return _wide(operator.dense()).norm(dim=1)
     W, pair = _wide(base.dense()), update.folded()
     B, A = _wide(pair.B), _wide(pair.A)
-    half = torch.addmm(
-        (A @ W.t()).t(), B, A @ A.t(), alpha=0.5
-    )  # (m, r): W Aᵀ + ½ B A Aᵀ; thin matrices go first, it is faster
+    cross = (A @ W.t()).t()  # (m, r): W Aᵀ, with the thin matrix first, which is faster
+    half = torch.addmm(cross, B, A @ A.t(), alpha=0.5)  # (m, r): W Aᵀ + ½ B A Aᵀ
     return _root(torch.add(_square_row_norms(base, W), (half * B).sum(1), alpha=2))
 
 
