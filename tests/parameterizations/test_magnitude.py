@@ -197,3 +197,18 @@ def test_a_rank_beside_inner_replaces_its_own() -> None:
     recipe = rankwise.Recipe(**{**recipe.__dict__, "ranks": {"0": 3}})
     handle = rankwise.adapt_(model(), recipe, where=["0"])
     assert handle.parameterization("0").rank == handle.parameterization("0").inner.A.shape[0] == 3
+
+
+def test_norms_stay_exact_under_autocast() -> None:
+    layers = model().float()
+    handle = rankwise.adapt_(layers, rankwise.compose("dora(rank=2)"), where=["0"])
+    scatter(handle)
+    entry = handle.parameterization("0")
+    assert isinstance(entry, Magnitude)
+    base = handle.adapters("0").base(layers[0])
+    expected = entry.forward(base).scale
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = entry.forward(base).scale
+        assert layers(X.float()).dtype is torch.bfloat16
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

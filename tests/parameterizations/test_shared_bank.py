@@ -55,7 +55,7 @@ def test_bounds_are_those_of_gain_root_two() -> None:
         bound = (6 / fan_in) ** 0.5
         values = handle.bank[name]
         assert values.abs().max() <= bound
-        assert abs(float(values.std()) - bound / 3**0.5) < 0.03 * bound
+        assert abs(values.std().item() - bound / 3**0.5) < 0.03 * bound
 
 
 def test_the_seed_decides_and_the_global_generator_does_not() -> None:

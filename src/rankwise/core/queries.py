@@ -11,7 +11,8 @@ svd(op)            thin singular value decomposition; O((m + n) r²) through QR 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,14 +123,18 @@ def row_norms(operator: Operator) -> Tensor:
     For a frozen base plus a low-rank update no dense (m, n) matrix is formed:
     ‖w_i + (B A)_i‖² = ‖w_i‖² + 2 ⟨(W Aᵀ)_i, B_i⟩ + B_i (A Aᵀ) B_iᵀ.
     """
+    with _full_precision():
+        return _row_norms(operator)
+
+
+def _row_norms(operator: Operator) -> Tensor:
     base, update = _split(operator)
     if base is None or update is None:
         return _wide(operator.dense()).norm(dim=1)
     W, pair = _wide(base.dense()), update.folded()
     B, A = _wide(pair.B), _wide(pair.A)
-    half = torch.addmm(
-        (A @ W.t()).t(), B, A @ A.t(), alpha=0.5
-    )  # (m, r): W Aᵀ + ½ B A Aᵀ; thin matrices go first, it is faster
+    cross = (A @ W.t()).t()  # (m, r): W Aᵀ, with the thin matrix first, which is faster
+    half = torch.addmm(cross, B, A @ A.t(), alpha=0.5)  # (m, r): W Aᵀ + ½ B A Aᵀ
     return _root(torch.add(_square_row_norms(base, W), (half * B).sum(1), alpha=2))
 
 
@@ -174,6 +179,14 @@ def svd(operator: Operator) -> SVD:
 def _wide(tensor: Tensor) -> Tensor:
     """At least float32, so that sums of squares of half-precision weights are right."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _full_precision() -> AbstractContextManager[Any]:
+    """Autocast switched off: it would take the matrix products under a norm to half precision."""
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _root(square: Tensor) -> Tensor:
