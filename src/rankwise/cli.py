@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import click
 import typer
 
 from rankwise.core.errors import RankwiseError
@@ -56,15 +58,17 @@ def compare(
     model: Model = None,
     data: DataName = None,
     recipes: Annotated[
-        list[str] | None,
-        typer.Option("--recipes", "-r", help="Such as: --recipes lora 'dora(rank=4)' 'lora + bar'. See `rankwise methods`."),
+        list[str] | None, typer.Option(help="Such as: --recipes lora 'dora(rank=4)' 'lora + bar'. See `rankwise methods`.")
     ] = None,
-    out: Out = Path("runs/compare"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each final run.")] = 100,
-    seeds: Annotated[int, typer.Option(help="Final runs per recipe; the intervals are over them.")] = 3,
-    lrs: Annotated[str, typer.Option(help="'auto', or rates to try: 1e-4,3e-4,1e-3.")] = "auto",
-    rates: Annotated[int, typer.Option(help="How many rates 'auto' begins with, half a decade apart.")] = 5,
-    batch_size: BatchSize = 16,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to write to. The same command goes on there.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each final run.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Final runs per recipe; the intervals are over them (3).")] = None,
+    lrs: Annotated[list[str] | None, typer.Option(help="auto, or the rates to try: --lrs 1e-4 3e-4 1e-3 (auto).")] = None,
+    rates: Annotated[int | None, typer.Option(help="How many rates auto begins with, half a decade apart (5).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step (16).")] = None,
+    probes: Annotated[int | None, typer.Option(help="Batches for starts that read statistics (8).")] = None,
     evaluation: Evaluation = None,
     task: Task = None,
     column: Columns = None,
@@ -72,7 +76,10 @@ def compare(
     eval_limit: EvalLimit = None,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
-    preset: Annotated[str | None, typer.Option(help=f"Settings by name: {', '.join(PRESETS)}.")] = None,
+    retention: Annotated[str | None, typer.Option(help="Data with general text, none, or auto (auto).")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Settings by name, other options win: {', '.join(PRESETS)}.")] = None,
 ) -> None:
     """Which method, at which learning rate, is best for your model and data, by how much, and is it more than noise?
 
@@ -81,11 +88,10 @@ def compare(
 
         rankwise compare -m packaged:minilm -d packaged:tweets --recipes lora dora "lora + bar" --steps 60 --out runs/tweets
     """
-    settings: dict[str, Any] = {"model": model, "data": data, "recipes": recipes or None, "steps": steps, "seeds": seeds}
-    settings |= {"lrs": lrs, "rates": rates, "batch_size": batch_size, "max_length": max_length}
-    settings |= {"train_limit": train_limit, "eval_limit": eval_limit, "evaluation": evaluation, "task": task}
-    settings |= {"columns": column, "image_size": image_size}
-    commands.compare(settings, preset, out, command=_command())
+    from rankwise.lab import compare_command
+
+    given = {key: value for key, value in locals().items() if key not in ("column", "compare_command")}
+    compare_command.run({**given, "columns": commands.columns_of(column)}, _command())
 
 
 @app.command()
@@ -100,7 +106,7 @@ def train(
     ] = None,
     batch_size: BatchSize = 16,
     seed: Annotated[int, typer.Option(help="Of adapter, head and batches.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints to resume from.")] = 50,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (a tenth of all steps).")] = None,
     evaluation: Evaluation = None,
     task: Task = None,
     column: Columns = None,
@@ -116,7 +122,13 @@ def train(
     made = commands.task_of(
         model,
         data,
-        {"evaluation": evaluation, "task": task, "columns": column, "train_limit": train_limit, "eval_limit": eval_limit}
+        {
+            "evaluation": evaluation,
+            "task": task,
+            "columns": commands.columns_of(column),
+            "train_limit": train_limit,
+            "eval_limit": eval_limit,
+        }
         | {"max_length": max_length, "image_size": image_size, "seed": seed},
     )
     commands.train(
@@ -199,35 +211,49 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method; without
     commands.methods(name)
 
 
+_STOPPED = 130
+_typed: list[str] = []
+
+
 def _command() -> str:
-    return shlex.join(["rankwise", *sys.argv[1:]])
+    return shlex.join(["rankwise", *_typed])
 
 
-def _spread(arguments: list[str]) -> list[str]:
-    """`--recipes a b c` as `--recipes a --recipes b --recipes c`, which typer reads."""
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """`--recipes a b c` as `--recipes a --recipes b --recipes c`, which typer reads; --lrs and --data too."""
     spread: list[str] = []
     option: str | None = None
     for argument in arguments:
         if argument.startswith("-"):
-            option = argument if argument == "--recipes" else None
+            option = argument if argument in ("--recipes", "--lrs", "--data") else None
         elif option is not None and spread[-1] != option:
             spread.append(option)
         spread.append(argument)
     return spread
 
 
-def main() -> None:
-    """Runs the command line: errors a user can mend come without a traceback, Ctrl-C says how to go on."""
+def run(arguments: Sequence[str]) -> int:
+    """The command line. Returns the exit status: 0, 1 for an error a user can mend, 2 for a wrong call, 130 after Ctrl-C."""
+    global _typed
+    _typed = list(arguments)
     try:
-        app(_spread(sys.argv[1:]))
+        if app(_spread(arguments), standalone_mode=False) == _STOPPED:  # typer turns Ctrl-C into this status
+            raise KeyboardInterrupt
     except RankwiseError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho(
-            "stopped. What was finished is kept; the same command goes on from there.", fg=typer.colors.YELLOW, err=True
-        )
-        sys.exit(130)
+        return 1
+    except click.exceptions.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        typer.secho(f"stopped. What was finished is kept. To go on: {_command()}", fg=typer.colors.YELLOW, err=True)
+        return _STOPPED
+    return 0
+
+
+def main() -> None:
+    """Entry point of the program."""
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

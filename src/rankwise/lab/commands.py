@@ -14,12 +14,17 @@ from torch import nn
 import rankwise
 from rankwise.core.catalog import SHELVES
 from rankwise.core.checkpoint import JSON_NAME, read
-from rankwise.core.errors import ArgumentError, did_you_mean
-from rankwise.core.operators import Operator
-from rankwise.lab.presets import PRESETS
+from rankwise.core.errors import ArgumentError
+from rankwise.core.operators import Dense, Operator
+from rankwise.core.queries import as_low_rank
 
 console = Console(highlight=False)
 _TASK_FIELDS = ("evaluation", "task", "columns", "train_limit", "eval_limit", "max_length", "image_size", "seed")
+
+
+def columns_of(texts: Sequence[str] | None) -> dict[str, str] | None:
+    """`--column text=review` as {"text": "review"}."""
+    return None if texts is None else _pairs(texts)
 
 
 def task_of(model: str | None, data: str | None, settings: Mapping[str, Any]) -> Any:
@@ -30,8 +35,6 @@ def task_of(model: str | None, data: str | None, settings: Mapping[str, Any]) ->
         missing = "--model" if model is None else "--data"
         raise ArgumentError(f"{missing} is missing; for instance: --model packaged:minilm --data packaged:tweets")
     given = {key: settings[key] for key in _TASK_FIELDS if settings.get(key) is not None}
-    if "columns" in given:
-        given["columns"] = _pairs(given["columns"])
     return make_task(model, data, **given)
 
 
@@ -43,46 +46,13 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return {part: column for part, _, column in pairs}
 
 
-def compare(settings: dict[str, Any], preset: str | None, out: Path, *, command: str) -> None:
-    """Runs a comparison; a preset fills in what is not given."""
-    from rankwise.lab.compare import run_compare
-
-    if preset is not None:
-        if preset not in PRESETS:
-            raise ArgumentError(f"no preset {preset!r}. {did_you_mean(preset, PRESETS)}")
-        settings = settings | PRESETS[preset]
-    recipes = settings["recipes"]
-    if not recipes:
-        raise ArgumentError("--recipes is missing; for instance: --recipes lora --recipes dora --recipes 'lora + bar'")
-    task = task_of(settings["model"], settings["data"], settings)
-    run_compare(
-        task,
-        recipes,
-        steps=settings["steps"],
-        seeds=settings["seeds"],
-        learning_rates=_rates(settings["lrs"]),
-        rates=settings["rates"],
-        batch_size=settings["batch_size"],
-        out=out,
-        command=command,
-    )
-
-
-def _rates(text: str) -> str | list[float]:
-    if text == "auto":
-        return text
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ArgumentError(f"--lrs is 'auto' or numbers joined by commas, such as 1e-4,3e-4; got {text!r}") from error
-
-
 def train(task: Any, recipe: str, out: Path, **options: Any) -> None:
-    """Trains one recipe and says where the adapter is."""
-    from rankwise.lab.train import run_train
+    """Trains one recipe, prints what came out and where the adapter is."""
+    from rankwise.lab.train import train_run
 
-    folder = run_train(task, recipe, out=out, **options)
-    console.print(f"adapter: {folder}")
+    for key, value in train_run(task, recipe, out=out, **options).items():
+        console.print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}", markup=False)
+    console.print(f"adapter: {out}")
 
 
 def inspect(adapter: Path, base: str | None, html: Path | None) -> None:
@@ -117,8 +87,8 @@ def updates_of(folder: Path, model: nn.Module) -> dict[str, Operator]:
         handle = rankwise.interop.from_peft(model, folder, name="reading", trainable=False)
     updates = {}
     for site, operator in handle.updates().items():
-        factors = rankwise.core.queries.as_low_rank(operator)
-        updates[site] = rankwise.core.operators.Dense(operator.dense().detach()) if factors is None else _detached(factors)
+        factors = as_low_rank(operator)
+        updates[site] = Dense(operator.dense().detach()) if factors is None else _detached(factors)
     handle.detach_()
     return updates
 
