@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
-from rankwise.core.errors import RankwiseError
-from rankwise.lab import commands
+from rankwise.core.errors import ArgumentError, RankwiseError
+from rankwise.lab import commands, compare_command
 from rankwise.lab.presets import PRESETS
+
+MENDABLE, STOPPED = 2, 130  # exit codes: an error that the user can mend, and Ctrl-C
+SPREAD = ("--recipes", "--lrs")  # options that take several values at once
 
 app = typer.Typer(
     help="Low-rank adaptation of models: compare methods on your model and data, train, look inside, merge and ship.",
@@ -23,25 +26,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", help="A transformers folder, a hub name, a .gguf file, or packaged:minilm|smollm2|dinov2-small."
-    ),
-]
+MODEL_HELP = "A transformers folder, a hub name, a .gguf file, or packaged:minilm, packaged:smollm2, packaged:dinov2-small."
+Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)]
 DataName = Annotated[
     str | None,
     typer.Option(
         "--data",
         "-d",
-        help="A .jsonl, .csv or .parquet file, a datasets folder, or packaged:tweets|fashion-mnist|kjv|reasoning-gym/TASK.",
+        help="A .jsonl, .csv or .parquet file, a datasets folder, or packaged:tweets, fashion-mnist, kjv, reasoning-gym/TASK.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write to. The same command goes on where it stopped.")]
-Evaluation = Annotated[str | None, typer.Option(help="A second file with the rows to evaluate on.")]
-Task = Annotated[
-    str | None, typer.Option(help="causal-lm, text-classification or image-classification. Default: told by the columns.")
+Base = Annotated[
+    str | None, typer.Option("--base", "--model", "-m", help="The model it was trained on. Default: what its run recorded.")
 ]
+Kind = Annotated[str | None, typer.Option("--task", help="causal-lm, text-classification or image-classification.")]
+Evaluation = Annotated[str | None, typer.Option(help="A second file with the rows to evaluate on.")]
 Columns = Annotated[
     list[str] | None,
     typer.Option("--column", help="Where columns have other names: --column text=review --column label=stars."),
@@ -50,209 +49,222 @@ TrainLimit = Annotated[int | None, typer.Option(help="Train on a seeded choice o
 EvalLimit = Annotated[int | None, typer.Option(help="Evaluate on a seeded choice of so many rows.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens per row.")]
 ImageSize = Annotated[int | None, typer.Option(help="Side of an image in pixels.")]
-BatchSize = Annotated[int, typer.Option(help="Rows per step.")]
+Retention = Annotated[str | None, typer.Option(help="Data with general text to measure forgetting on, none, or auto.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of torch. Default: torch decides.")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows per step. Default: 16.")]
 
 
 @app.command()
 def compare(
+    context: typer.Context,
     model: Model = None,
     data: DataName = None,
     recipes: Annotated[
-        list[str] | None, typer.Option(help="Such as: --recipes lora 'dora(rank=4)' 'lora + bar'. See `rankwise methods`.")
+        list[str] | None,
+        typer.Option("--recipes", "-r", help="Such as: --recipes lora 'dora(rank=4)' 'lora + bar'. See rankwise methods."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The folder to write to. The same command goes on there.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to write to, or to go on in.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}. Other options win over it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each final run.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Final runs per recipe; the intervals are over them (3).")] = None,
-    lrs: Annotated[list[str] | None, typer.Option(help="auto, or the rates to try: --lrs 1e-4 3e-4 1e-3 (auto).")] = None,
-    rates: Annotated[int | None, typer.Option(help="How many rates auto begins with, half a decade apart (5).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step (16).")] = None,
-    probes: Annotated[int | None, typer.Option(help="Batches for starts that read statistics (8).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Final runs per recipe; intervals are over them. Default: 3.")] = None,
+    lrs: Annotated[list[str] | None, typer.Option("--lrs", help="auto, or rates to try: --lrs 1e-4 3e-4 1e-3.")] = None,
+    rates: Annotated[int | None, typer.Option(help="Rates that auto begins with, half a decade apart. Default: 5.")] = None,
+    probes: Annotated[int | None, typer.Option(help="Batches for starts that read statistics. Default: 8.")] = None,
+    batch_size: BatchSize = None,
+    task: Kind = None,
     evaluation: Evaluation = None,
-    task: Task = None,
     column: Columns = None,
     train_limit: TrainLimit = None,
     eval_limit: EvalLimit = None,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
-    retention: Annotated[str | None, typer.Option(help="Data with general text, none, or auto (auto).")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch.")] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Settings by name, other options win: {', '.join(PRESETS)}.")] = None,
+    retention: Retention = None,
+    device: Device = None,
+    threads: Threads = None,
 ) -> None:
     """Which method, at which learning rate, is best for your model and data, by how much, and is it more than noise?
 
     Every recipe looks for its learning rate in short runs, then all seeds run at the best one, on the same batches. Ends in a
-    table, sentences that say what is *not* resolved, and `report.html`, which opens offline.
+    table, in sentences that say what is *not* resolved, and in report.html, which opens offline.
 
-        rankwise compare -m packaged:minilm -d packaged:tweets --recipes lora dora "lora + bar" --steps 60 --out runs/tweets
+    An example:
+
+    `rankwise compare -m packaged:minilm -d packaged:tweets --recipes lora "dora + bar" --steps 60 --out runs/tweets`
     """
-    from rankwise.lab import compare_command
-
-    given = {key: value for key, value in locals().items() if key not in ("column", "compare_command")}
-    compare_command.run({**given, "columns": commands.columns_of(column)}, _command())
+    given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
+    given["columns"] = commands.columns_of(column)
+    with stoppable(context):
+        compare_command.run(given, shlex.join(["rankwise", *context.obj]))
 
 
 @app.command()
 def train(
+    context: typer.Context,
     model: Model = None,
     data: DataName = None,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Such as 'lora(rank=8)' or 'dora + pissa'.")] = "lora(rank=8)",
-    out: Out = Path("runs/train"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to, or to go on in.")] = Path("runs/train"),
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate. Default: the recipe's usual one; `compare` finds yours.")
+        float | None, typer.Option(help="Learning rate. Default: the recipe's usual one; compare finds yours.")
     ] = None,
     batch_size: BatchSize = 16,
-    seed: Annotated[int, typer.Option(help="Of adapter, head and batches.")] = 0,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (a tenth of all steps).")] = None,
+    accumulate: Annotated[int, typer.Option(help="Parts that a step's rows are cut into, to save memory.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of adapter, head, batches and dropout.")] = 0,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers to adapt, by name: --where q_proj --where v_proj. Default: all linear ones."),
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: a tenth of all.")] = None,
+    task: Kind = None,
     evaluation: Evaluation = None,
-    task: Task = None,
     column: Columns = None,
     train_limit: TrainLimit = None,
     eval_limit: EvalLimit = None,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
+    retention: Retention = None,
+    device: Device = None,
+    threads: Threads = None,
 ) -> None:
-    """Trains one recipe and saves the adapter. After Ctrl-C or a crash the same command goes on.
+    """Trains one recipe and saves the adapter. After Ctrl-C or a crash the same command goes on where it stopped.
 
-    rankwise train -m packaged:minilm -d packaged:tweets -r "lora(rank=8)" --steps 100 --out runs/tweets-lora
+    An example:
+
+    `rankwise train -m packaged:minilm -d packaged:tweets -r "lora(rank=8)" --steps 100 --out runs/tweets-lora`
     """
-    made = commands.task_of(
-        model,
-        data,
-        {
-            "evaluation": evaluation,
-            "task": task,
-            "columns": commands.columns_of(column),
-            "train_limit": train_limit,
-            "eval_limit": eval_limit,
-        }
-        | {"max_length": max_length, "image_size": image_size, "seed": seed},
-    )
-    commands.train(
-        made,
-        recipe,
-        out,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=lr,
-        seed=seed,
-        save_every=save_every,
-        command=_command(),
-    )
+    missing = [name for name, value in (("--model", model), ("--data", data)) if value is None]
+    if model is None or data is None:
+        raise ArgumentError(f"train needs {' and '.join(missing)}, such as --model packaged:minilm --data packaged:tweets")
+    _threads(threads)
+    given = {**context.params, "columns": commands.columns_of(column)}
+    one = where[0] if where and len(where) == 1 else where
+    with stoppable(context):
+        commands.train(
+            model, data, recipe, out, given, steps=steps, batch_size=batch_size or 16, accumulate=accumulate,
+            learning_rate=lr, seed=seed, where=one or None, save_every=save_every,
+        )  # fmt: skip
 
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="A rankwise or PEFT adapter folder.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter of rankwise or PEFT, or the folder of a run.")],
     base: Annotated[
-        str | None, typer.Option(help="The model it was trained on: adds intruder dimensions, and reads DoRA and the like.")
+        str | None, typer.Option("--base", "--model", "-m", help="Its model: adds intruder dimensions, and is needed for DoRA.")
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Where to write the heat map. Default: inspect.html in the adapter's folder.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="The page. Default: inspect.html in the given folder.")] = None,
+    task: Kind = None,
 ) -> None:
-    """Looks inside an adapter: norms, ranks in use, balance, what a smaller rank would lose, layer by layer.
+    """Looks inside an adapter, layer by layer: norms, ranks in use, balance, what a smaller rank would lose.
 
-    rankwise inspect runs/tweets-lora/adapter --base packaged:minilm
+    An example:
+
+    `rankwise inspect runs/tweets-lora --base packaged:minilm`
     """
-    commands.inspect(adapter, base, html)
+    commands.inspect(adapter, base, html, task)
 
 
 @app.command()
 def merge(
-    adapters: Annotated[list[Path], typer.Argument(help="Two or more adapter folders (rankwise or PEFT).")],
-    model: Model = None,
-    out: Out = Path("runs/merged"),
-    method: Annotated[
-        str, typer.Option(help="svd, cat, linear, task_arithmetic, or iteris (which needs --data per adapter).")
-    ] = "svd",
-    weights: Annotated[str | None, typer.Option(help="One number per adapter: 0.5,0.5. Default: 1 for each.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the result; without it nothing is lost.")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", "-d", help="For iteris: the data of each adapter, in order.")
-    ] = None,
+    adapters: Annotated[list[Path], typer.Argument(help="Two or more adapters of one base, of rankwise or PEFT.")],
+    base: Base = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("runs/merged"),
+    method: Annotated[str, typer.Option(help="svd, cat, linear, task_arithmetic or iteris.")] = "svd",
+    weights: Annotated[str | None, typer.Option(help="A number per adapter: 0.5,0.5. Default: 1 for each.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the result. Default: what the method keeps.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", "-d", help="For iteris: once per adapter, in order.")] = None,
     samples: Annotated[int, typer.Option(help="For iteris: rows read per adapter.")] = 48,
+    head: Annotated[int | None, typer.Option(help="Whose classification head to keep, where they differ: 1, 2, …")] = None,
+    task: Kind = None,
 ) -> None:
-    """Merges adapters of one base into one, in the space of their updates, and says how far it is from the exact sum.
+    """Merges adapters into one, in the space of their updates, and says how far it is from the exact sum.
 
-    rankwise merge runs/a/adapter runs/b/adapter -m packaged:minilm --method svd --rank 8 --out runs/ab
+    An example:
+
+    `rankwise merge runs/a runs/b --method svd --rank 8 --head 1 --out runs/ab`
     """
-    commands.merge(adapters, model, out, method=method, weights=weights, rank=rank, data=data or [], samples=samples)
+    commands.merge(
+        adapters, base, out, method=method, weights=weights, rank=rank, data=data or [], samples=samples, head=head, task=task
+    )
 
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="A rankwise adapter folder.")],
-    model: Model = None,
-    to: Annotated[str, typer.Option(help="peft: read by peft, and through its format by vLLM and llama.cpp.")] = "peft",
-    out: Out = Path("runs/export"),
-    tolerance: Annotated[
-        float | None, typer.Option(help="Relative error a layer may lose where its update is not of low rank.")
-    ] = None,
+    adapter: Annotated[Path, typer.Argument(help="An adapter, or the folder of a run.")],
+    base: Base = None,
+    to: Annotated[str, typer.Option(help="peft; through its format also vLLM and llama.cpp.")] = "peft",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("runs/export"),
+    tolerance: Annotated[float | None, typer.Option(help="Relative error a layer may lose if it is not of low rank.")] = None,
     rank: Annotated[int | None, typer.Option(help="The common rank to write. Default: the smallest that fits.")] = None,
     native: Annotated[bool, typer.Option("--native", help="Write DoRA, VeRA and rsLoRA in PEFT's own form.")] = False,
+    task: Kind = None,
 ) -> None:
     """Writes an adapter for other tools, verified against the original before anything is written.
 
-    rankwise export runs/tweets-lora/adapter -m packaged:minilm --to peft --out runs/tweets-peft
+    An example:
+
+    `rankwise export runs/tweets-lora --to peft --out runs/tweets-peft`
     """
-    commands.export(adapter, model, to, out, tolerance=tolerance, rank=rank, native=native)
+    commands.export(adapter, base, to, out, task=task, tolerance=tolerance, rank=rank, native=native)
 
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="One method; without it, all of them.")] = None) -> None:
     """The catalog: formula, trained numbers, cost, merge and export, reference.
 
-    rankwise methods dora
+    An example:
+
+    `rankwise methods dora`
     """
     commands.methods(name)
 
 
-_STOPPED = 130
-_typed: list[str] = []
+@contextmanager
+def stoppable(context: typer.Context) -> Iterator[None]:
+    """Turns Ctrl-C into a line that says what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        told = str(stop) or "stopped; what was finished is kept"
+        typer.secho(f"\n{told}. To go on: {shlex.join(['rankwise', *context.obj])}", fg=typer.colors.YELLOW, err=True)
+        raise typer.Exit(STOPPED) from stop
 
 
-def _command() -> str:
-    return shlex.join(["rankwise", *_typed])
+def _threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
 
 
-def _spread(arguments: Sequence[str]) -> list[str]:
-    """`--recipes a b c` as `--recipes a --recipes b --recipes c`, which typer reads; --lrs and --data too."""
-    spread: list[str] = []
+def spread(arguments: Sequence[str]) -> list[str]:
+    """`--recipes a b c` as `--recipes a --recipes b --recipes c`, which typer reads; likewise the other options of `SPREAD`."""
+    found: list[str] = []
     option: str | None = None
     for argument in arguments:
         if argument.startswith("-"):
-            option = argument if argument in ("--recipes", "--lrs", "--data") else None
-        elif option is not None and spread[-1] != option:
-            spread.append(option)
-        spread.append(argument)
-    return spread
+            option = argument if argument in SPREAD else None
+        elif option is not None and found[-1] != option:
+            found.append(option)
+        found.append(argument)
+    return found
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The command line. Returns the exit status: 0, 1 for an error a user can mend, 2 for a wrong call, 130 after Ctrl-C."""
-    global _typed
-    _typed = list(arguments)
+    """Runs the command line and gives its exit code; errors that a user can mend come without a traceback."""
     try:
-        if app(_spread(arguments), standalone_mode=False) == _STOPPED:  # typer turns Ctrl-C into this status
-            raise KeyboardInterrupt
+        app(spread(arguments), prog_name="rankwise", obj=list(arguments))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
     except RankwiseError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        return 1
-    except click.exceptions.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        typer.secho(f"stopped. What was finished is kept. To go on: {_command()}", fg=typer.colors.YELLOW, err=True)
-        return _STOPPED
+        return MENDABLE
     return 0
 
 
 def main() -> None:
-    """Entry point of the program."""
+    """The program."""
     sys.exit(run(sys.argv[1:]))
 
 

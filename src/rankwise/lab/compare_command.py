@@ -1,7 +1,4 @@
-"""`rankwise compare` between its options and the library: presets, defaults, and what is missing.
-
-An option that is given wins over the preset, and the preset over the defaults.
-"""
+"""What `rankwise compare` does with its options: presets and defaults filled in, the task made, the comparison run."""
 
 from __future__ import annotations
 
@@ -14,6 +11,9 @@ from rankwise.lab.presets import PRESETS
 from rankwise.lab.result import ComparisonResult
 
 DEFAULTS: Mapping[str, Any] = {"seeds": 3, "lrs": ("auto",), "rates": 5, "batch_size": 16, "probes": 8, "retention": "auto"}
+TASK_OPTIONS = (
+    "task", "columns", "evaluation", "max_length", "image_size", "train_limit", "eval_limit", "retention", "device",
+)  # fmt: skip
 
 
 def settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def run(given: Mapping[str, Any], command: str = "") -> ComparisonResult:
     """Runs the comparison that the options describe.
 
     Args:
-        given: options by name; None where not given.
+        given: options by name, as `DEFAULTS`, `TASK_OPTIONS` and presets name them; None where not given.
         command: as typed, for the report.
     """
     chosen = settings(given)
@@ -47,8 +47,8 @@ def run(given: Mapping[str, Any], command: str = "") -> ComparisonResult:
     from rankwise.lab.compare import run_compare
     from rankwise.lab.tasks import make_task
 
-    names = ("task", "evaluation", "columns", "max_length", "image_size", "train_limit", "eval_limit", "retention", "device")
-    task = make_task(chosen["model"], chosen["data"], **{name: chosen[name] for name in names if chosen.get(name) is not None})
+    options = {name: chosen[name] for name in TASK_OPTIONS if chosen.get(name) is not None}
+    task = make_task(chosen["model"], chosen["data"], **options)
     return run_compare(
         task,
         chosen["recipes"],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def convert_gguf(file: Path, into: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # without it transformers marks the model as not trainable
         )
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, OSError, NotImplementedError, struct.error) as error:
         raise ModelError(f"{file} cannot be converted from GGUF: {error}") from error
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)

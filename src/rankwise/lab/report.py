@@ -1,24 +1,16 @@
-"""`report.html`: the comparison as one page that opens offline, with its plots, its table and what it does not show.
-
-The page holds its style, plotly's script and the figures as JSON. A content security policy in it forbids every request.
-"""
+"""`report.html`: the comparison as one page that opens offline, with its plots, its table and what it does not show."""
 
 from __future__ import annotations
 
 import html
-import json
-from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from rankwise.core.checkpoint import write_atomically
 from rankwise.lab.captions import FORGETS_NOTE, METHOD, TABLE_NOTE
 from rankwise.lab.figures import Palette, figures
+from rankwise.lab.page import document, section
 from rankwise.lab.result import ComparisonResult, Row
 from rankwise.lab.terminal import bytes_text, count_text, interval_text
-
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 
 
 def write(found: ComparisonResult, path: Path) -> None:
@@ -28,42 +20,11 @@ def write(found: ComparisonResult, path: Path) -> None:
 
 def page(found: ComparisonResult) -> str:
     """The page as text."""
-    from plotly.offline import get_plotlyjs
-
     palette = Palette([row.recipe for row in found.rows])
     drawn = figures(found, palette)
-    sections = "\n".join(_section(name, figure) for name, figure in drawn.items())
-    data = {name: {"data": figure["data"], "layout": figure["layout"]} for name, figure in drawn.items()}
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(_title(found))}</title>",
-            '<link rel="icon" href="data:,">',
-            f"<style>{_asset('report.css')}</style>",
-            "</head><body><main>",
-            _head(found),
-            _findings(found),
-            _table(found, palette),
-            sections,
-            _provenance(found),
-            "</main>",
-            f"<script>{get_plotlyjs()}</script>",
-            f'<script type="application/json" id="figures">{_json(data)}</script>',
-            f"<script>{_asset('report.js')}</script>",
-            "</body></html>",
-        ]
-    )
-
-
-def _asset(name: str) -> str:
-    return resources.files("rankwise.lab").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    sections = [section(name, figure) for name, figure in drawn.items()]
+    body = [_head(found), _findings(found), _table(found, palette), *sections, _provenance(found)]
+    return document(_title(found), body, drawn)
 
 
 def _title(found: ComparisonResult) -> str:
@@ -133,18 +94,6 @@ def _row(row: Row, found: ComparisonResult, palette: Palette, retained: bool, wi
     ]
     best = ' class="best"' if row.recipe == found.winner else ""
     return f"<tr{best}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-def _section(name: str, figure: Mapping[str, Any]) -> str:
-    choices = "".join(
-        f'<button type="button" data-figure="{name}" data-show="{html.escape(choice)}">{html.escape(choice)}</button>'
-        for choice in figure.get("choices", ())
-    )
-    bar = f'<div class="choices">{choices}</div>' if choices else ""
-    return (
-        f"<section><h2>{html.escape(figure['title'])}</h2><p>{html.escape(figure['text'])}</p>{bar}"
-        f'<div class="plot" id="plot-{name}" style="height:{figure["layout"]["height"]}px"></div></section>'
-    )
 
 
 def _provenance(found: ComparisonResult) -> str:

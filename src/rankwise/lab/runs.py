@@ -15,12 +15,12 @@ from typing import Any
 from rankwise.core.checkpoint import JSON_NAME, write_atomically
 from rankwise.core.errors import ArgumentError, shorten
 
-RUN, RESULT, COMPARISON = "run.json", "result.json", "comparison.json"
+RUN, RESULT, COMPARISON, ADAPTER = "run.json", "result.json", "comparison.json", "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The base that an adapter was trained on, as its run recorded it."""
+    """The base that an adapter belongs to, as its run recorded it."""
 
     model: str
     kind: str
@@ -66,14 +66,18 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 
 def origin_of(adapter: Path) -> Origin | None:
-    """The base recorded beside an adapter, or above it by a comparison; None where nothing was recorded."""
-    folder = adapter.resolve()
-    if (folder / RUN).is_file():
-        return _origin(_read(folder / RUN), "")
-    for parent in list(folder.parents)[:3]:  # a comparison keeps adapters/<recipe>/seed-<n> below itself
+    """The base recorded above an adapter by a run or a comparison; None where nothing was recorded."""
+    for parent in list(adapter.resolve().parents)[:3]:  # a comparison keeps adapters/<recipe>/seed-<n> below itself
+        if (parent / RUN).is_file():
+            return _origin(_read(parent / RUN), "")
         if (parent / COMPARISON).is_file():
             return _origin(dict(_read(parent / COMPARISON).get("settings", {})), "task ")
     return None
+
+
+def adapter_folder(named: Path) -> Path:
+    """The adapter a person means: the folder itself, or `adapter/` in the folder of a run."""
+    return named / ADAPTER if not is_adapter(named) and is_adapter(named / ADAPTER) else named
 
 
 def is_adapter(folder: Path) -> bool:

@@ -1,7 +1,7 @@
 """`rankwise train`: one recipe on one task, on transformers' Trainer and accelerate, so that it can be stopped and continued.
 
 Batches, their order, the warm-up and the decay of the learning rate are those of a comparison's final runs: a rate found by
-`rankwise compare` means the same here. The folder holds the adapter, `run.json` (what was asked), `result.json` (what came
+`rankwise compare` means the same here. The folder holds `adapter/`, `run.json` (what was asked), `result.json` (what came
 out, written last) and, until then, two lean checkpoints.
 """
 
@@ -23,7 +23,7 @@ from rankwise.core.statistics import Statistic
 from rankwise.lab import runs, sweep
 from rankwise.lab.tasks import Task
 from rankwise.lab.terminal import Progress
-from rankwise.lab.training import Starts, rate_at, seeded, with_horizon
+from rankwise.lab.training import Starts, rate_at, seeded
 
 
 class Stopped(KeyboardInterrupt):
@@ -82,14 +82,14 @@ def train_run(
     if where is not None:
         task.where = where
     settings = {
-        **task.describe(), "recipe": with_horizon(composed, steps).to_json(), "steps": steps, "batch_size": batch_size,
+        **task.describe(), "recipe": composed.to_json(), "steps": steps, "batch_size": batch_size,
         "accumulate": accumulate, "learning_rate": rate, "run_seed": seed, "where": task.where, "probes": probes,
     }  # fmt: skip
     model = task.fresh_model(seed)
     collected = frozenset(Statistic) if composed.needs else None  # they will be collected; what else is wrong is told before
     found = [
         problem
-        for problem in problems(model, with_horizon(composed, steps), task.where, train_also=task.head)
+        for problem in problems(model, composed, task.where, train_also=task.head)
         if collected is None or "statistics" not in problem.needs
     ]
     if found:
@@ -100,7 +100,7 @@ def train_run(
         return known
     begin = time.perf_counter()
     statistics, _ = Starts(task, probes).of(model, composed, seed)
-    handle = adapt_(model, with_horizon(composed, steps), task.where, statistics, seed=seed, train_also=task.head)
+    handle = adapt_(model, composed, task.where, statistics, seed=seed, train_also=task.head)
     curve = _fit(task, handle, folder, rate, steps, batch_size, accumulate, seed, save_every, quiet)
     model.eval()
     metrics = task.evaluate(model)
@@ -109,7 +109,7 @@ def train_run(
         "retention_measures": task.retention_note, "curve": curve, "trained_numbers": handle.trained_numbers,
         "seconds": time.perf_counter() - begin, "adapter": weights_of(handle), "coverage": repr(handle),
     }  # fmt: skip
-    handle.save(folder)
+    handle.save(folder / runs.ADAPTER)
     runs.keep_result(folder, result)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

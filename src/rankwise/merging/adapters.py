@@ -188,7 +188,14 @@ def result_of(
     )
 
 
-def as_adapter(model: nn.Module, result: MergeResult | Adapter, name: str = "merged", *, common_rank: bool = False) -> Handle:
+def as_adapter(
+    model: nn.Module,
+    result: MergeResult | Adapter,
+    name: str = "merged",
+    *,
+    common_rank: bool = False,
+    train_also: Sequence[str] = (),
+) -> Handle:
     """Puts a merge result onto a model as a plain LoRA adapter of scale 1, which can be trained, saved and exported.
 
     Args:
@@ -196,6 +203,7 @@ def as_adapter(model: nn.Module, result: MergeResult | Adapter, name: str = "mer
         result: of `merge_adapters` or `iteris`, or any mapping site -> update with exact factors.
         name: of the new adapter.
         common_rank: give all sites the largest rank (padded with zeros) instead of each its own.
+        train_also: modules kept with it as they are in the model (a classification head), as for `adapt_`.
 
     Raises:
         MergeError: a site is not in the model, or an update has no exact factors.
@@ -221,7 +229,7 @@ def as_adapter(model: nn.Module, result: MergeResult | Adapter, name: str = "mer
     ranks = {site: widest if common_rank else max(1, pair.rank) for site, pair in pairs.items()}
     different = {site: rank for site, rank in ranks.items() if rank != widest}
     recipe = Recipe(name="lora", parameterization=piece(LoRA, rank=widest), step=(piece(adamw),), ranks=different)
-    handle = adapt_(model, recipe, where=lambda candidate, _: candidate in pairs, name=name)
+    handle = adapt_(model, recipe, where=lambda candidate, _: candidate in pairs, name=name, train_also=train_also)
     with torch.no_grad():
         for site, pair in pairs.items():
             _fill(handle.parameterization(site), pair)
