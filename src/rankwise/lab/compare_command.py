@@ -27,7 +27,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "seeds": 3,
         "rates": 3,
         "probes": 8,
-        "max_length": 24,
+        "max_length": 40,
         "eval_limit": 400,
         "out": "runs/demo",
     },
