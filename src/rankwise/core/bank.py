@@ -17,14 +17,6 @@ from rankwise.core.errors import CheckpointError
 from rankwise.core.randomness import generator_for
 
 
-class Banks(nn.ModuleDict):
-    """The banks of a model by adapter name, a child of its root."""
-
-    def forward(self, x: Any) -> Any:
-        """Gives its input: a Sequential calls all of its children."""
-        return x
-
-
 class Bank(nn.Module):
     """Shared tensors by name. Frozen ones are buffers, trained ones parameters.
 

@@ -263,7 +263,7 @@ class Recipe:
                 Problem(
                     piece=f"schedule {self.schedule.name}",
                     needs="directions that can be pruned without loss",
-                    has=f"start {self.start.name} puts a part of the weight into every direction, which pruning would throw away",
+                    has=f"start {self.start.name} puts a part of the weight into every direction, which pruning throws away",
                     remedy="use a start with B = 0 (eva, nystrom_nora), or drop one of the two",
                 )
             )
