@@ -9,7 +9,7 @@ optimizer.step(); handle.after_step(); optimizer.zero_grad()
 handle.save("runs/a"); handle.merge_()
 """
 
-from rankwise import catalog
+from rankwise import catalog, interop
 from rankwise.core.adapt import adapt_, collect, problems
 from rankwise.core.bindings import activate_, effective_weights, functional_call, switched_off
 from rankwise.core.checkpoint import load_
@@ -36,6 +36,7 @@ __all__ = [
     "compose",
     "effective_weights",
     "functional_call",
+    "interop",
     "load_",
     "problems",
     "switched_off",

@@ -116,7 +116,7 @@ def test_resolved_and_unresolved_sentences() -> None:
     def row(recipe: str, values: list[float]) -> result.Row:
         runs = [
             {"seed": seed, "outcome": "finished", "metrics": {"accuracy": value}, "seconds_per_step": 0.1, "start_seconds": 0.0}
-            | {"retention": None, "adapter_bytes": 1, "learning_rate": 1e-3}
+            | {"retention": None, "adapter_bytes": 1, "learning_rate": 1e-3, "curve": [value]}
             for seed, value in enumerate(values)
         ]
         return result.make_row(recipe, runs, {"best": 1e-3, "scores": [], "at_edge": False, "steps": 0}, {}, "accuracy")
@@ -129,6 +129,41 @@ def test_resolved_and_unresolved_sentences() -> None:
     _, winner, sentences = result.judge(rows, "accuracy", False)
     assert winner == "bad"
     assert any(sentence.startswith("Resolved: bad is better than good by 0.41") for sentence in sentences)
+
+
+def test_recipes_that_trained_identically_are_named(tmp_path: Path) -> None:
+    texts = ["lora(rank=2)", "lora(rank=2) + reflora(warmup=1000)"]
+    found = run_compare(TinyTask(), texts, steps=8, seeds=2, learning_rates=[1e-2], out=tmp_path / "out", quiet=True)
+    assert any("trained identically" in sentence for sentence in found.statements)
+    texts[1] = "lora(rank=2) + reflora(warmup=1)"
+    found = run_compare(TinyTask(), texts, steps=8, seeds=2, learning_rates=[1e-2], out=tmp_path / "other", quiet=True)
+    assert not any("trained identically" in sentence for sentence in found.statements)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "full + galore(rank=2)",
+        "dora(rank=2) + lora_one(rank=2)",
+        "dora(rank=2) + pissa(rank=2) + reflora(warmup=2)",
+        "dora(rank=2) + reflora(warmup=2) + bar",
+        "lora(rank=2) + scaled_gd + sgd",
+        "lora(rank=2) + sam",
+        "lora(rank=2) + relora(interval=4)",
+        "adalora(rank=3, target_rank=1, total_steps=16, warmup_steps=2, final_steps=2)",
+        "lora_sb(rank=2)",
+        "vera(rank=4)",
+        "eva(rank=2)",
+        "sora(rank=3)",
+    ],
+)
+def test_compositions_run_end_to_end(text: str, tmp_path: Path) -> None:
+    found = run_compare(TinyTask(), [text], steps=16, seeds=1, learning_rates=[1e-2], out=tmp_path / "out", quiet=True)
+    (run,) = found.rows[0].runs
+    assert run["outcome"] == "finished", run
+    assert run["curve"][-1] != run["curve"][0]
+    assert found.rows[0].cost["trained"] > 0
+    assert any(site["norm"] > 0 for site in run["spectra"].values())
 
 
 def test_divergence_is_an_outcome(tmp_path: Path) -> None:
@@ -204,6 +239,24 @@ def test_the_rate_rises_and_falls() -> None:
     assert math.isfinite(sum(rate_at(step, 7) for step in range(7)))
 
 
-def test_horizon_is_filled_in_only_where_a_piece_asks() -> None:
+def test_clocks_are_shortened_in_proportion() -> None:
+    recipe = rankwise.compose("adalora(rank=4, target_rank=2, total_steps=40, warmup_steps=10, final_steps=8)")
+    assert recipe.schedule is not None
+    short = with_horizon(recipe, 10, 40).schedule
+    assert short is not None
+    assert {name: short.arguments[name] for name in ("total_steps", "warmup_steps", "final_steps")} == {
+        "total_steps": 10,
+        "warmup_steps": 2,
+        "final_steps": 2,
+    }
+    assert short.arguments["target_rank"] == 2
+    assert with_horizon(recipe, 40, 40) == recipe
+    assert with_horizon(rankwise.compose("lora + reflora(warmup=8)"), 10, 40).step[0].arguments["warmup"] == 2
     plain = rankwise.compose("lora")
-    assert with_horizon(plain, 30) == plain
+    assert with_horizon(plain, 10, 40) == plain
+
+
+def test_a_schedule_that_did_not_finish_is_told(tmp_path: Path) -> None:
+    text = "adalora(rank=3, target_rank=1, total_steps=100, warmup_steps=2)"
+    found = run_compare(TinyTask(), [text], steps=8, seeds=1, learning_rates=[1e-2], out=tmp_path / "out", quiet=True)
+    assert any(sentence.startswith(text + ": ") and "100" in sentence for sentence in found.statements)

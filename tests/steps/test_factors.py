@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from blocks import pair, product, step, train
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.step import BlockOptimizer
@@ -11,6 +10,7 @@ from rankwise.steps.moments import adamw, sgd
 from rankwise.steps.ratio import lora_plus
 from rankwise.steps.reflora import reflora
 from rankwise.steps.scaled_gd import scaled_gd
+from tests.steps.blocks import pair, product, step, train
 
 
 def other_factorization(B, A, seed=9):

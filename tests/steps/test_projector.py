@@ -66,7 +66,7 @@ def test_basis_is_orthonormal_takes_the_top_energy_and_holds_for_a_window(shape,
 
 
 def test_a_window_moves_the_weight_by_the_rank_only():
-    W, *gradients = draws(6, 9, 8)
+    W, *gradients = draws(6, 9, 9)
     path, _ = run([galore(rank=2, refresh=4)], W, gradients)
     ranks = [int(torch.linalg.matrix_rank(path[count] - W, atol=1e-10)) for count in (3, 7)]
     assert ranks == [2, 4]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from blocks import pair, step, train
 from torch import nn
 
 import rankwise
@@ -13,6 +12,7 @@ from rankwise.parameterizations.lora import LoRA
 from rankwise.steps.moments import adamw, sgd
 from rankwise.steps.ratio import lora_plus
 from rankwise.steps.scaled_gd import scaled_gd
+from tests.steps.blocks import pair, step, train
 
 
 def test_state_keeps_its_dtype_on_load():

@@ -24,6 +24,7 @@ from rankwise.core.errors import CheckpointError, shorten
 from rankwise.core.fingerprint import check_fingerprint
 from rankwise.core.handle import Handle, trained_tensors
 from rankwise.core.recipe import Recipe
+from rankwise.core.sharding import is_sharded, whole
 
 FORMAT = 1
 JSON_NAME = "adapter.json"
@@ -32,11 +33,13 @@ JSON_NAME = "adapter.json"
 def save(handle: Handle, directory: Path) -> Path:
     """Writes a handle's adapter into a folder; an older adapter there is replaced only when the new one is whole.
 
+    Where training sharded the tensors (FSDP), every process must call this: they are gathered, and the first process writes.
+
     Raises:
         CheckpointError: the folder holds something else, or the disk is full. What was there stays.
     """
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in trained_tensors(handle).items()}
-    tensors = {key: _full(tensor) for key, tensor in tensors.items()}
+    trained = trained_tensors(handle)
+    tensors = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in trained.items()}
     sites = {
         site: {
             "m": target.m,
@@ -57,7 +60,12 @@ def save(handle: Handle, directory: Path) -> Path:
         "bank": None if handle.bank is None else handle.bank.describe(),
         "fingerprint": dict(handle.fingerprint()),
     }
-    return write(directory, description, tensors)
+    if not any(is_sharded(tensor) for tensor in trained.values()):
+        return write(directory, description, tensors)
+    try:  # every process has gathered the whole tensors; one writes, the others wait for it
+        return write(directory, description, tensors) if torch.distributed.get_rank() == 0 else directory
+    finally:
+        torch.distributed.barrier()
 
 
 def write(directory: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
@@ -257,9 +265,3 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], sites: Mapping[str, Any
                 raise CheckpointError(f"{folder}: {site} is marked as absorbed, but the file has no carried factors")
             entry.absorbed = True
             merge.rewrite(handle.targets[site])
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """The whole tensor, where training sharded it."""
-    gather = getattr(tensor, "full_tensor", None)
-    return gather().cpu().contiguous() if gather is not None else tensor

@@ -87,6 +87,11 @@ class RowScale(Operator):
         return layout.scale_output(y, self.scale.to(y.dtype))
 
     def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        terms = self.inner.terms if isinstance(self.inner, Sum) else ()
+        if len(terms) == 2 and isinstance(terms[0], Base) and isinstance(terms[1], LowRank):
+            fused = terms[1].add_to_base(terms[0], x, layout, bias, gain=self.scale)
+            if fused is not None:
+                return fused
         if bias is None or not isinstance(layout, LinearLayout):
             return super().affine(x, layout, bias)
         y = self.inner.apply(x, layout)

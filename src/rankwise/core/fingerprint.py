@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from rankwise.core.bank import to_bytes
 from rankwise.core.bindings import Adapters
 from rankwise.core.errors import FingerprintError, shorten
+from rankwise.core.sharding import is_sharded, whole
 from rankwise.core.targets import Target, weight_parameter
 
 
@@ -24,10 +25,12 @@ def weight_hash(layer: nn.Module) -> str:
     weight: Tensor = parameter
     if isinstance(adapters, Adapters) and adapters.stash is not None:
         weight = adapters.stash
-    key = (weight.data_ptr(), weight._version, tuple(weight.shape), weight.dtype)
+    local = cast(Any, weight).to_local() if is_sharded(weight) else weight  # this process's part, where training sharded it
+    key = (local.data_ptr(), local._version, tuple(weight.shape), weight.dtype)
     cached = layer.__dict__.get("_rankwise_hash")
     if cached is not None and cached[0] == key:
         return cast(str, cached[1])
+    weight = whole(weight)
     plain = weight.dequantize() if hasattr(weight, "dequantize") and type(weight) not in (Tensor, nn.Parameter) else weight
     value = hashlib.sha256(f"{tuple(plain.shape)}".encode() + to_bytes(plain)).hexdigest()[:16]
     layer.__dict__["_rankwise_hash"] = (key, value)

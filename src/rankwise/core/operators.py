@@ -161,16 +161,23 @@ class LowRank(Operator):
         return torch.addmm(flat, small, self.B.to(dtype).t(), alpha=self.scale).reshape(y.shape)
 
     def add_to_base(
-        self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None, mask: Tensor | None = None
+        self,
+        base: Base,
+        x: Tensor,
+        layout: Layout,
+        bias: Tensor | None,
+        mask: Tensor | None = None,
+        gain: Tensor | None = None,
     ) -> Tensor | None:
-        """Base and update in one kernel, x -> W x + bias + scale · B A (mask ∘ x); None where the layer does not allow it."""
+        """Base and update in one kernel, x -> gain ∘ (W x + scale · B A (mask ∘ x)) + bias; None where that is not allowed."""
         weight = base.plain_weight()
         if weight is None or not isinstance(layout, LinearLayout) or not can_fuse(x, weight, bias):
             return None
         dtype = compute_dtype(x, x.dtype)
         x, weight = x.to(dtype), layout.to_matrix(weight).to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        return low_rank_linear(x, weight, bias, self.B.to(dtype), self.A.to(dtype), self.scale, mask)
+        gain = None if gain is None else gain.to(dtype)
+        return low_rank_linear(x, weight, bias, self.B.to(dtype), self.A.to(dtype), self.scale, mask, gain)
 
 
 class Chain(Operator):

@@ -11,7 +11,8 @@ svd(op)            thin singular value decomposition; O((m + n) r²) through QR 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,14 +123,19 @@ def row_norms(operator: Operator) -> Tensor:
     For a frozen base plus a low-rank update no dense (m, n) matrix is formed:
     ‖w_i + (B A)_i‖² = ‖w_i‖² + 2 ⟨(W Aᵀ)_i, B_i⟩ + B_i (A Aᵀ) B_iᵀ.
     """
+    with _full_precision():
+        return _row_norms(operator)
+
+
+def _row_norms(operator: Operator) -> Tensor:
     base, update = _split(operator)
     if base is None or update is None:
         return _wide(operator.dense()).norm(dim=1)
     W, pair = _wide(base.dense()), update.folded()
     B, A = _wide(pair.B), _wide(pair.A)
-    cross = ((W @ A.t()) * B).sum(1)  # (m,)
-    square = ((B @ (A @ A.t())) * B).sum(1)  # (m,)
-    return _root(_square_row_norms(base, W) + 2 * cross + square)
+    cross = (A @ W.t()).t()  # (m, r): W Aᵀ, with the thin matrix first, which is faster
+    half = torch.addmm(cross, B, A @ A.t(), alpha=0.5)  # (m, r): W Aᵀ + ½ B A Aᵀ
+    return _root(torch.add(_square_row_norms(base, W), (half * B).sum(1), alpha=2))
 
 
 def column_norms(operator: Operator) -> Tensor:
@@ -175,6 +181,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def _full_precision() -> AbstractContextManager[Any]:
+    """Autocast switched off: it would take the matrix products under a norm to half precision."""
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
 def _root(square: Tensor) -> Tensor:
     """√square where it is positive, 0 elsewhere (rounding, rows of zeros), with gradient 0 there instead of NaN."""
     positive = square > 0
@@ -185,7 +199,8 @@ def _split(operator: Operator) -> tuple[Base | None, LowRank | None]:
     """The frozen base and the low-rank rest of a sum, or None for what is not of that form."""
     if not isinstance(operator, Sum) or not isinstance(operator.terms[0], Base) or len(operator.terms) < 2:
         return None, None
-    return operator.terms[0], as_low_rank(Sum(*operator.terms[1:]))
+    rest = operator.terms[1:]
+    return operator.terms[0], as_low_rank(rest[0] if len(rest) == 1 else Sum(*rest))
 
 
 def _square_row_norms(base: Base, weight: Tensor) -> Tensor:

@@ -212,6 +212,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for index, tensor in zip(indices, tensors, strict=True):
             kept: dict[str, Tensor] = state_dict["state"].get(index, {})
+            if not kept:  # an entry without state would outlive its tensor where a wrapper (FSDP2) replaces the tensors
+                continue
             self.state[tensor] = {
                 name: value.clone() if value.dim() == 0 else value.to(tensor.device, copy=True) for name, value in kept.items()
             }

@@ -127,7 +127,7 @@ def second_gradient(
         for block in blocks.values():
             for tensor in block.values():
                 tensor.grad = None
-        with masks.replayed(), _running_statistics_kept(model), torch.enable_grad():
+        with masks.replayed(), running_statistics_kept(model), torch.enable_grad():
             replay()
         if _some_gradient(blocks) is None:
             raise TrainingError(
@@ -139,7 +139,7 @@ def second_gradient(
 
 
 @contextmanager
-def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Brings the running statistics of normalization layers back afterwards."""
     kept = [
         (buffer, buffer.clone())

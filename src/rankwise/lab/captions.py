@@ -26,7 +26,7 @@ CAPTIONS: dict[str, tuple[str, str]] = {
     ),
     "retention": (
         "Learned against forgotten",
-        "Further right, the loss on general text rose more over the frozen base: more was forgotten. Bars are 95 % intervals.",
+        "Further right, more of the base's general ability was lost. Bars are 95 % intervals.",
     ),
     "spectra": (
         "What training did to each layer",
@@ -40,7 +40,7 @@ TABLE_NOTE = (
     "as multiples of the frozen base on the same batch. The head, where there is one, is trained alike by every recipe and "
     "counts only in the size on disk."
 )
-FORGETS_NOTE = " “Forgets” is the rise of the loss on general text over the frozen base."
+FORGETS_NOTE = " “Forgets” is the rise over the frozen base of: {}."
 METHOD = (
     "Each recipe looked for its learning rate in short runs, judged on batches of the training stream that those runs do not "
     "train on; the held-out data of the table took no part in that choice. Every recipe then ran with the same steps, batches, "

@@ -29,7 +29,7 @@ from rankwise.lab.protocol import Task
 from rankwise.lab.result import ComparisonResult
 from rankwise.lab.spectra import layer_spectra
 from rankwise.lab.terminal import Progress, show
-from rankwise.lab.training import Starts, exploded, mean_loss, train, with_horizon
+from rankwise.lab.training import Starts, exploded, mean_loss, train
 
 VALIDATION = 8  # batches that judge a run of the sweep
 Record = dict[str, Any]
@@ -177,8 +177,7 @@ class _Comparison:
             self.progress.phase(f"{name}: counting")
             model = self.task.fresh_model(self.seeds[0])
             statistics, _ = self.starts.of(model, recipe, self.seeds[0])
-            timed = with_horizon(recipe, self.steps)
-            handle = adapt_(model, timed, self.task.where, statistics, seed=0, train_also=tuple(self.task.head))
+            handle = adapt_(model, recipe, self.task.where, statistics, seed=0, train_also=tuple(self.task.head))
             cost = training_cost(handle, self._counted_batch())
             return cost.to_json()
 
@@ -243,6 +242,7 @@ class _Comparison:
                 "start_seconds": run.start_seconds,
                 "adapter_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
                 "adapter": str(folder.relative_to(self.out)),
+                "unfinished": None if run.handle.schedule is None else run.handle.schedule.unfinished(run.handle.step_count),
                 "spectra": layer_spectra(run.handle) if seed == self.seeds[0] else None,
             }
 
@@ -258,6 +258,7 @@ class _Comparison:
             steps=steps,
             batch_size=self.batch_size,
             starts=self.starts,
+            whole=self.steps,
             on_step=self.progress.step,
         )
 

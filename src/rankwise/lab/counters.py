@@ -168,16 +168,15 @@ def training_cost(handle: Handle, batch: Any, *, learning_rate: float = 1e-6, lo
     model = handle.model
     optimizer = handle.optimizer(lr=learning_rate)
 
-    def replay() -> None:
-        loss(model, batch).backward()
+    saved = SavedBytes([*model.parameters(), *model.buffers()])
 
     def passes() -> None:
-        replay()
-        handle.after_backward(replay)
+        with saved:
+            value = loss(model, batch)
+        value.backward()
+        handle.after_backward(lambda: loss(model, batch).backward())
 
     with _training(model):
-        saved = _saved_bytes(model, batch, loss)
-        optimizer.zero_grad()
         flops = flops_of(passes)
         if all(tensor.grad is None for block in handle.blocks().values() for tensor in block.values()):
             raise TrainingError(
@@ -186,7 +185,7 @@ def training_cost(handle: Handle, batch: Any, *, learning_rate: float = 1e-6, lo
         optimizer.step()
     state = sum(value.numel() for kept in optimizer.state.values() for value in kept.values() if _is_array(value))
     head = sum(parameter.numel() for parameter in handle.auxiliary.values())
-    return Cost(flops, saved, handle.trained_numbers, head, state)
+    return Cost(flops, saved.total, handle.trained_numbers, head, state)
 
 
 def _saved_bytes(model: nn.Module, batch: Any, loss: Loss) -> int:

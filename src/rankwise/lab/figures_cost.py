@@ -157,7 +157,7 @@ def retention(found: ComparisonResult, done: Sequence[Row], palette: Palette) ->
             440,
             right=120,
             annotations=annotations,
-            xaxis=axis(title="rise of the loss on general text", zeroline=True, zerolinecolor=GRID),
+            xaxis=axis(title="forgets: rise over the frozen base", zeroline=True, zerolinecolor=GRID),
             yaxis=axis(title=found.metric_name),
         ),
     }

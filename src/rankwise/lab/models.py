@@ -80,7 +80,7 @@ def load_model(spec: str, task: str, labels: Sequence[str] | None = None, *, ima
             "ignore_mismatched_sizes": True,  # a head for other classes is replaced, and reported as fresh below
         }
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        processor = _image_processing(spec, source, image_size) if task == IMAGE else _tokenizer(spec, source)
+        processor: Any = _image_processing(spec, source, image_size) if task == IMAGE else _tokenizer(spec, source)
         try:
             model, info = _class_for(task).from_pretrained(source, **arguments)
         except (OSError, ValueError, KeyError, RuntimeError) as error:

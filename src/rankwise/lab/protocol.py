@@ -11,19 +11,27 @@ from rankwise.core.targets import Where
 
 
 class Task(Protocol):
-    """A model and data to adapt it to.
+    """A model and data to adapt it to."""
 
-    Attributes:
-        head: modules trained whole beside the adapter (a new classification head); may be empty.
-        where: layers to adapt, as for `rankwise.adapt_`.
-        metric_name: key of the main measure in what `evaluate` returns.
-        higher_is_better: whether a larger value of it is better.
-    """
+    @property
+    def head(self) -> Sequence[str]:
+        """Modules trained whole beside the adapter (a new classification head); may be empty."""
+        ...
 
-    head: Sequence[str]
-    where: Where
-    metric_name: str
-    higher_is_better: bool
+    @property
+    def where(self) -> Where:
+        """Layers to adapt, as for `rankwise.adapt_`."""
+        ...
+
+    @property
+    def metric_name(self) -> str:
+        """Key of the main measure in what `evaluate` returns."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger value of the main measure is better."""
+        ...
 
     def fresh_model(self, seed: int) -> nn.Module:
         """The untouched base; what is new in it (a head) is drawn from the seed."""
@@ -42,7 +50,7 @@ class Task(Protocol):
         ...
 
     def retention(self, model: nn.Module) -> float | None:
-        """Loss on general text that the task is not about; None where the model has no such measure."""
+        """What general ability costs, such as the loss on text that the task is not about; None without such a measure."""
         ...
 
     def describe(self) -> Mapping[str, Any]:

@@ -106,10 +106,10 @@ def _table(found: ComparisonResult, palette: Palette) -> str:
     heads += ["optimizer state", "FLOPs", "saved for backward", "seconds per step", "on disk"]
     cells = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     rows = "".join(_row(row, found, palette, retained, len(heads)) for row in found.ranked())
-    note = TABLE_NOTE + (FORGETS_NOTE if retained else "")
+    note = TABLE_NOTE + (FORGETS_NOTE.format(found.settings.get("task retention", "loss on general text")) if retained else "")
     return (
         '<section><h2>The table</h2><div class="scroll"><table><thead><tr>'
-        f'{cells}</tr></thead><tbody>{rows}</tbody></table></div><p class="note">{note}</p></section>'
+        f'{cells}</tr></thead><tbody>{rows}</tbody></table></div><p class="note">{html.escape(note)}</p></section>'
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -165,6 +166,7 @@ def judge(rows: Sequence[Row], metric_name: str, higher_is_better: bool) -> tupl
     candidates = [row for row in rows if row.metric is not None]
     best = min(candidates, key=lambda row: (row.diverged, sign * row.metric.mean) if row.metric else (0, 0.0), default=None)
     sentences = [_about_rate(row) for row in rows if row.at_edge or row.note or row.diverged]
+    sentences += _twins(rows) + [f"{row.recipe}: {why}." for row in rows if (why := row.runs and row.runs[0].get("unfinished"))]
     if best is None or best.metric is None:
         return differences, None, ["No recipe finished a run, so there is nothing to compare.", *sentences]
     count = best.metric.count
@@ -196,6 +198,16 @@ def _verdict(best: str, gap: Difference, metric: str, higher: bool, tests: int) 
         return f"Resolved: {best} is better than {other} {numbers}; {test}."
     reach = "" if gap.detectable is None else f" These {gap.interval.count} seeds could have shown about {gap.detectable:.3f}."
     return f"NOT resolved: {best} leads {other} {numbers}; {test}.{reach}"
+
+
+def _twins(rows: Sequence[Row]) -> list[str]:
+    """A sentence for every two recipes that trained the same to the last digit: a piece of one of them never acted."""
+    return [
+        f"{one.recipe} and {other.recipe} trained identically: what sets them apart never acted in this many steps."
+        for one, other in combinations([row for row in rows if row.finished], 2)
+        if one.learning_rate == other.learning_rate
+        and [run["curve"] for run in one.runs] == [run["curve"] for run in other.runs]
+    ]
 
 
 def _about_rate(row: Row) -> str:

@@ -123,7 +123,7 @@ class Store:
     def runs(self, recipe: str) -> list[Record]:
         """Finished runs of a recipe, each with its `key` fields and its measures."""
         trials = self._study(recipe).get_trials(deepcopy=False)
-        return [dict(trial.user_attrs) for trial in trials if "outcome" in trial.user_attrs]
+        return [_record(trial.user_attrs) for trial in trials if "outcome" in trial.user_attrs]
 
     def find(self, recipe: str, key: Mapping[str, Any]) -> Record | None:
         """The finished run of a key, or None."""
@@ -155,9 +155,7 @@ class Store:
         except BaseException:
             study.tell(trial, state=state.FAIL)
             raise
-        for name, value in record.items():
-            if name != "outcome":
-                trial.set_user_attr(name, value)
+        trial.set_user_attr("measures", record)
         trial.set_user_attr("outcome", record["outcome"])  # last: a run with an outcome is whole
         score = record.get("score")
         finite = record["outcome"] == "finished" and score is not None and math.isfinite(score)
@@ -175,6 +173,10 @@ class Store:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+
+def _record(attributes: Mapping[str, Any]) -> Record:
+    return {**{key: value for key, value in attributes.items() if key != "measures"}, **attributes["measures"]}
 
 
 def _claim(out: Path) -> IO[str]:

@@ -46,7 +46,9 @@ class Task(ABC):
 
     def __init__(self, loaded: LoadedModel, data: Data, *, seed: int, device: str, where: Where = "all-linear") -> None:
         self.loaded, self.data, self.seed, self.device = loaded, data, seed, device
-        self.kind, self.head, self.where = loaded.kind, loaded.fresh, where
+        self.kind = loaded.kind
+        self.head: Sequence[str] = loaded.fresh
+        self.where: Where = where
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -69,7 +71,7 @@ class Task(ABC):
 
     def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
         """`steps` batches in an order that the seed decides; more steps continue the same order, epoch after epoch."""
-        order = self._order(seed)
+        order = self.order(seed)
         for _ in range(steps):
             yield self.to_device(self.collate([next(order) for _ in range(batch_size)]))
 
@@ -81,7 +83,8 @@ class Task(ABC):
         """The batch where the model is."""
         return {key: value.to(self.device) for key, value in batch.items()}
 
-    def _order(self, seed: int) -> Iterator[int]:
+    def order(self, seed: int) -> Iterator[int]:
+        """Numbers of training examples, epoch after epoch, each epoch in an order of its own that the seed decides."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield from torch.randperm(self.train_size, generator=generator).tolist()

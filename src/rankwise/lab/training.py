@@ -8,7 +8,6 @@ a result and no crash.
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from rankwise.core.statistics import LayerStatistics, Statistic, default_loss
 from rankwise.lab.protocol import Task
 
 WARMUP = 0.06
+CLOCKS = frozenset({"total_steps", "warmup_steps", "final_steps", "decay_steps", "warmup"})
 EXPLODED = 1000.0  # a loss this many times the first one counts as diverged
 
 
@@ -92,6 +92,7 @@ def train(
     steps: int,
     batch_size: int,
     starts: Starts,
+    whole: int | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Trained:
     """Adapts a fresh base and trains it.
@@ -104,11 +105,12 @@ def train(
         steps: how many.
         batch_size: rows per step.
         starts: statistics for the recipe's start.
+        whole: steps of the run that this one is a short version of; default: it is the whole one.
         on_step: called after each step with its number (from 0) and its loss.
     """
     model = task.fresh_model(seed)
     statistics, start_seconds = starts.of(model, recipe, seed)
-    recipe = with_horizon(recipe, steps)
+    recipe = with_horizon(recipe, steps, whole or steps)
     handle = adapt_(model, recipe, task.where, statistics, seed=seed, train_also=tuple(task.head))
     optimizer = handle.optimizer(lr=learning_rate)
     run = Trained(handle, start_seconds=start_seconds)
@@ -159,18 +161,28 @@ def rate_at(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm + 1)
 
 
-def with_horizon(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe with `total_steps` filled in where a piece asks for it and nothing was named: its clock fits the run."""
+def with_horizon(recipe: Recipe, steps: int, whole: int) -> Recipe:
+    """The recipe with its clocks (warm-ups, horizons) shortened in proportion, for a run of `steps` instead of `whole` steps.
 
-    def timed(part: Piece | None) -> Piece | None:
-        if part is None or "total_steps" not in inspect.signature(part.factory).parameters:
-            return part
-        if part.arguments.get("total_steps") is not None:
-            return part
-        return Piece(part.shelf, part.name, {**part.arguments, "total_steps": steps})
+    So a short run of the sweep goes through the same phases as the run whose learning rate it looks for.
+    """
+    if steps == whole:
+        return recipe
 
-    changed = {shelf: timed(getattr(recipe, shelf)) for shelf in ("perturbation", "schedule", "procedure")}
-    return Recipe(**{**recipe.__dict__, **changed})
+    def shortened(part: Piece | None) -> Piece | None:
+        if part is None or not CLOCKS & set(part.arguments):
+            return part
+        clocks = {name: part.arguments[name] for name in CLOCKS & set(part.arguments) if part.arguments[name]}
+        rounding = {name: math.ceil if name in ("total_steps", "decay_steps") else math.floor for name in clocks}
+        return Piece(
+            part.shelf,
+            part.name,
+            {**part.arguments, **{name: rounding[name](count * steps / whole) for name, count in clocks.items()}},
+        )
+
+    changed = {shelf: shortened(getattr(recipe, shelf)) for shelf in ("perturbation", "schedule", "procedure")}
+    chain = tuple(part for step in recipe.step if (part := shortened(step)) is not None)
+    return Recipe(**{**recipe.__dict__, **changed, "step": chain})
 
 
 @torch.no_grad()

@@ -45,8 +45,7 @@ class AdaLoRA(RankSchedule):
         final_steps: steps at the end with a fixed mask.
         interval: steps between masks.
         orthogonality: γ.
-        beta1: of the importance average.
-        beta2: of its uncertainty.
+        beta1, beta2: of the importance average and of its uncertainty.
     """
 
     roles: ClassVar[frozenset[str]] = frozenset({"A", "B", "gate"})
@@ -72,7 +71,7 @@ class AdaLoRA(RankSchedule):
         if warmup_steps + final_steps >= total_steps:
             raise ArgumentError(
                 f"warmup_steps + final_steps = {warmup_steps + final_steps} leave no step of total_steps = {total_steps} to "
-                "prune in; pass the number of optimizer steps of your run as total_steps, and smaller phases"
+                "prune in; pass your run's number of optimizer steps as total_steps, and smaller phases"
             )
         self.target_rank, self.total_steps, self.interval = target_rank, total_steps, interval
         self.warmup_steps, self.final_steps, self.orthogonality = warmup_steps, final_steps, orthogonality
@@ -82,8 +81,7 @@ class AdaLoRA(RankSchedule):
 
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:
         """Adds the gradient of the orthogonality term."""
-        sites = _gated(blocks)
-        self._budgets(sites)
+        self._budgets(sites := _gated(blocks))
         add_orthogonality(sites.values(), self.orthogonality)
 
     def decide(self, step: int, blocks: Mapping[str, Block], *, learning_rate: float) -> Mapping[str, Decision]:
