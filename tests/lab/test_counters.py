@@ -100,6 +100,8 @@ def test_sgd_keeps_no_state_and_the_head_is_apart() -> None:
     assert cost.state == 0
     assert cost.head == H * M + M
     assert cost.trained == 2 * (N + H)
+    handle = rankwise.adapt_(network(), rankwise.compose("lora(rank=2)"), where=["0"], train_also=["2"])
+    assert training_cost(handle, BATCH, loss=loss).state == 2 * cost.trained
 
 
 def test_a_loss_that_does_not_reach_the_adapter_is_an_error() -> None:

@@ -62,8 +62,9 @@ def test_longer_runs_decide() -> None:
 
 
 def test_priors_know_scale_of_steps_and_full_weights() -> None:
-    rates = [prior(compose(text)) for text in ("full", "lora", "lora + sgd")]
+    rates = [prior(compose(text), 1000) for text in ("full", "lora", "lora + sgd")]
     assert rates == sorted(rates)
+    assert prior(compose("lora"), 50) > prior(compose("lora"), 5000)
     assert rates[2] >= 10 * rates[1] >= 100 * rates[0] / 2
 
 

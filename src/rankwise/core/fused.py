@@ -65,14 +65,14 @@ class _LowRankLinear(torch.autograd.Function):
         z = (A @ branch.t()).t()  # (T, r); thin matrices go first, it is faster
         y = x @ weight.t() if bias is None or gain is not None else torch.addmm(bias, x, weight.t())  # (T, m)
         y.addmm_(z, B.t(), alpha=scale)
-        _, _, _, need_B, need_A, _, _, need_gain = ctx.needs_input_grad
+        need_x, _, _, need_B, need_A, _, _, need_gain = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_A else None,  # with A frozen (LoRA-FA) no (T, n) tensor is kept
             weight,
-            B,
-            A,
+            B if need_x or need_A or B.is_leaf else None,  # a copy in half precision is kept only where it is needed
+            A if need_x or A.is_leaf else None,
             z if need_B else None,
-            mask,
+            mask if need_x or need_A else None,
             gain,
             y if need_gain else None,
         )
@@ -89,10 +89,10 @@ class _LowRankLinear(torch.autograd.Function):
         x_gradient = B_gradient = A_gradient = gain_gradient = None
         again = torch.is_grad_enabled()  # a second derivative is wanted: nothing is written in place, and what was
         if again:  # computed in forward is computed again, so that it depends on the inputs
-            if x is None:
+            if x is None or A is None or B is None:
                 raise TrainingError(
-                    "second derivatives through a layer whose A is frozen need its input, which is not kept; take them with "
-                    "torch.func, or adapt with binding='weight'"
+                    "second derivatives through this layer need tensors that are not kept (A is frozen, or the first layer "
+                    "computes in half precision); take them with torch.func, or adapt with binding='weight'"
                 )
             z = (A @ (x if mask is None else x * mask).t()).t()
             y = None if gain is None else x @ weight.t() + (z @ B.t()) * ctx.scale

@@ -186,7 +186,7 @@ class _Comparison:
 
     def _sweep(self, name: str, recipe: Recipe) -> Record:
         def search() -> Record:
-            rates = sweep.grid(sweep.prior(recipe), self.count) if self.rates is None else self.rates
+            rates = sweep.grid(sweep.prior(recipe, self.steps), self.count) if self.rates is None else self.rates
             if len(rates) == 1:
                 return {"best": rates[0], "scores": [], "at_edge": False, "steps": 0}
             stream = self.task.train_batches(self.batch_size, self.rungs[-1] + VALIDATION, SWEEP_SEED)

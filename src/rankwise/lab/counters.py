@@ -3,7 +3,7 @@
     FLOPs         of forward and backward, a second pass (SAM) included, the optimizer's own arithmetic left out
     saved bytes   what autograd keeps between forward and backward; weights are not counted, shared storage counts once
     trained       numbers with a gradient, the head apart
-    state         numbers the optimizer keeps
+    state         numbers the optimizer keeps for them, the head's apart
 
 The frozen base is the yardstick: the same batch, backward down to the first adapted layer, no adapter. For LoRA on a linear
 layer of (m, n) the extra cost is 2 r (m + n) FLOPs per token forward and 4 r (m + n) backward (2 r (2m + n) where the layer's
@@ -183,7 +183,8 @@ def training_cost(handle: Handle, batch: Any, *, learning_rate: float = 1e-6, lo
                 f"{handle.recipe.name}: no trained tensor got a gradient; the loss does not depend on the adapter"
             )
         optimizer.step()
-    state = sum(value.numel() for kept in optimizer.state.values() for value in kept.values() if _is_array(value))
+    adapter = [tensor for block in handle.blocks().values() for tensor in block.values()]
+    state = sum(value.numel() for tensor in adapter for value in optimizer.state[tensor].values() if _is_array(value))
     head = sum(parameter.numel() for parameter in handle.auxiliary.values())
     return Cost(flops, saved.total, handle.trained_numbers, head, state)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.lab.plots import COLUMN, GRID, SOFT, Palette, axis, broken, end_labels, layout, log_ticks, points
+from rankwise.lab.plots import COLUMN, GRID, SOFT, Palette, axis, broken, dodged, end_labels, layout, log_ticks, points
 from rankwise.lab.result import ComparisonResult, Row
 from rankwise.lab.terminal import bytes_text
 
@@ -132,7 +132,7 @@ def retention(found: ComparisonResult, done: Sequence[Row], palette: Palette) ->
     kept = [row for row in done if row.retention is not None and row.metric is not None]
     if not kept:
         return None
-    traces, annotations = [], []
+    traces = []
     for row in kept:
         assert row.retention is not None
         assert row.metric is not None
@@ -146,11 +146,16 @@ def retention(found: ComparisonResult, done: Sequence[Row], palette: Palette) ->
                 "hovertemplate": f"forgets %{{x:+.4f}}, {found.metric_name} %{{y:.4f}}<extra>{row.recipe}</extra>",
             }
         )
-        annotations.append(
-            {"x": row.retention.mean, "y": row.metric.mean, "text": broken(row.recipe), "showarrow": False}
-            | {"xanchor": "left", "yanchor": "bottom", "xshift": 8, "yshift": 6, "bgcolor": "rgba(255,255,255,0.75)"}
-            | {"font": {"color": color, "size": 13}}
-        )
+    means = [row.metric.mean for row in kept if row.metric]
+    ends = [end for row in kept if row.metric for end in (row.metric.low, row.metric.high, row.metric.mean) if end is not None]
+    heights = dodged(means, 0.055 * (max(ends) - min(ends)))
+    annotations = [
+        {"x": row.retention.mean, "y": height, "text": row.recipe, "showarrow": False}
+        | {"xanchor": "left", "yanchor": "bottom", "xshift": 10, "yshift": 4, "bgcolor": "rgba(255,255,255,0.8)"}
+        | {"font": {"color": palette.color(row.recipe), "size": 13}}
+        for row, height in zip(kept, heights, strict=True)
+        if row.retention
+    ]
     return {
         "data": traces,
         "layout": layout(

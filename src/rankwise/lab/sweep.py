@@ -16,6 +16,7 @@ from rankwise.core.recipe import Recipe
 
 RATIO = math.sqrt(10.0)  # two rates per decade
 WIDEN = 4  # runs added at an edge
+SHORT, SHORT_FACTOR = 200, 3.0  # steps below which the prior is larger, and by how much
 
 # Rates from which tuned runs of small and medium models start out: Adam's on factors is about ten times full fine-tuning's,
 # vectors and small frozen-basis cores want more, plain SGD much more since its steps are not normalized.
@@ -24,9 +25,9 @@ _BY_STEP = {"sgd": 100.0, "galore": 3.0, "lora_plus": 0.3}
 _DEFAULT = 1e-3
 
 
-def prior(recipe: Recipe) -> float:
-    """The rate in the middle of the grid."""
-    rate = _BY_PARAMETERIZATION.get(recipe.parameterization.name, _DEFAULT)
+def prior(recipe: Recipe, steps: int) -> float:
+    """The rate in the middle of the grid, larger for short runs, which end before a careful rate gets anywhere."""
+    rate = (SHORT_FACTOR if steps < SHORT else 1.0) * _BY_PARAMETERIZATION.get(recipe.parameterization.name, _DEFAULT)
     return rate * math.prod(_BY_STEP.get(step.name, 1.0) for step in recipe.step)
 
 

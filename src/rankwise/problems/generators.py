@@ -45,7 +45,7 @@ def spectrum_of(shape: str | Sequence[float], rank: int, condition: float) -> Te
     if shape == "geometric":
         return condition**-steps
     counts = torch.arange(1, rank + 1, dtype=torch.float64)
-    exponent = torch.log(torch.tensor(condition, dtype=torch.float64)) / torch.log(torch.tensor(max(rank, 2.0)))
+    exponent = torch.log(torch.tensor(condition, dtype=torch.float64)) / torch.log(torch.tensor(max(rank, 2.0)).double())
     return counts**-exponent
 
 
