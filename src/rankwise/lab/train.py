@@ -21,6 +21,7 @@ from rankwise.core.errors import ArgumentError, RecipeError
 from rankwise.core.handle import Handle, trained_tensors
 from rankwise.core.statistics import Statistic
 from rankwise.lab import runs, sweep
+from rankwise.lab.models import quiet_transformers
 from rankwise.lab.tasks import Task
 from rankwise.lab.terminal import Progress
 from rankwise.lab.training import Starts, rate_at, seeded
@@ -154,7 +155,7 @@ def _fit(
     order = list(islice(task.order(seed), steps * batch_size))
     optimizer = handle.optimizer(lr=rate)
     schedule = LambdaLR(optimizer, lambda step: rate_at(min(step, steps - 1), steps))
-    with Progress(steps - done, quiet=quiet) as progress, seeded(seed), warnings.catch_warnings():
+    with Progress(steps - done, quiet=quiet) as progress, seeded(seed), quiet_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*requires_grad=True to a scalar.*", category=UserWarning)
         progress.phase(handle.recipe.name if not done else f"{handle.recipe.name}, going on at step {done}")
         watch = Watch(progress.step)
