@@ -64,15 +64,16 @@ class _LowRankLinear(torch.autograd.Function):
         gain: Tensor | None,
     ) -> Tensor:
         read = x if branch is None else branch
-        z = (A @ read.t()).t()  # (T, r); thin matrices go first, it is faster
+        low_B, low_A = B.to(x.dtype), A.to(x.dtype)
+        z = (low_A @ read.t()).t()  # (T, r); thin matrices go first, it is faster
         y = x @ weight.t() if bias is None or gain is not None else torch.addmm(bias, x, weight.t())  # (T, m)
-        y.addmm_(z, B.t(), alpha=scale)
+        y.addmm_(z, low_B.t(), alpha=scale)
         _, _, _, _, need_B, need_A, _, need_gain = ctx.needs_input_grad
         ctx.save_for_backward(
             read if need_A else None,  # with A frozen (LoRA-FA) no (T, n) tensor is kept
             x if need_gain and branch is not None else None,
             weight,
-            B,
+            B,  # the masters: copies in x's dtype would be kept beside them
             A,
             z if need_B else None,
             gain,
@@ -87,8 +88,9 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients  # (T, m)
         read, x, weight, B, A, z, gain, y = ctx.saved_tensors
-        need_x, need_branch, _, _, need_B, need_A, _, need_gain = ctx.needs_input_grad
+        need_x, need_branch, _, _, need_B, need_A, _, _ = ctx.needs_input_grad
         scale, branched = ctx.scale, ctx.branched
+        B, A = B.to(gradient.dtype), A.to(gradient.dtype)
         x_gradient = branch_gradient = B_gradient = A_gradient = gain_gradient = None
         again = torch.is_grad_enabled()  # a second derivative is wanted: nothing is written in place, and what was
         if again:  # computed in forward is computed again, so that it depends on the inputs

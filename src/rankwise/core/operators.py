@@ -181,7 +181,7 @@ class LowRank(Operator):
         bias = None if bias is None else bias.to(dtype)
         gain = None if gain is None else gain.to(dtype)
         thinned = None if thinned is None else thinned.to(dtype)
-        return low_rank_linear(x, weight, bias, self.B.to(dtype), self.A.to(dtype), self.scale, thinned, gain)
+        return low_rank_linear(x, weight, bias, self.B, self.A, self.scale, thinned, gain)
 
 
 class Chain(Operator):
