@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ def catalog_variants() -> list[Variant]:
     rows = []
     for slug in rankwise.catalog.names("parameterization"):
         function = getattr(rankwise.catalog, slug)
-        ranked = "rank" in function.__kwdefaults__
+        ranked = "rank" in inspect.signature(function).parameters
         name = f"{slug}(rank={RANK})" if ranked else f"{slug}()"
         rows.append(ours(name, function(rank=RANK) if ranked else function()))
     return rows
