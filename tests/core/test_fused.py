@@ -24,7 +24,7 @@ def test_first_and_second_derivatives(with_bias: bool, with_gain: bool, with_mas
     trained = [t.requires_grad_() for t in (x, B, A, *([gain] if with_gain else []))]
 
     def fused(x: Tensor, B: Tensor, A: Tensor, gain: Tensor | None = None) -> Tensor:
-        return low_rank_linear(x, W, bias, B, A, 0.7, mask, gain)
+        return low_rank_linear(x, W, bias, B, A, 0.7, None if mask is None else x * mask, gain)
 
     branch = x if mask is None else x * mask
     plain = x @ W.t() + 0.7 * branch @ A.t() @ B.t()

@@ -117,12 +117,12 @@ def test_dropped_is_the_inner_operator_on_average_and_scales_what_is_kept() -> N
     assert layout is not None
     generator = torch.Generator().manual_seed(0)
 
-    def masks(x: Tensor, probability: float) -> Tensor:
-        return torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
+    def thin(x: Tensor, probability: float) -> Tensor:
+        return x * torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
 
     x = numbers(1, 6).detach().expand(20000, 6)
     with torch.no_grad():
-        mean = Dropped(inner, 0.3, masks).apply(x, layout).mean(0)
+        mean = Dropped(inner, 0.3, thin).apply(x, layout).mean(0)
         expected = inner.apply(x[:1], layout)[0]
         spread = inner.dense().abs().sum(1) * x.abs().max() / 100
     assert torch.all((mean - expected).abs() < 3 * spread)

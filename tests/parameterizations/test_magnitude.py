@@ -168,7 +168,7 @@ def test_dropout_thins_what_differs_from_the_base() -> None:
     layers, handle, entry = adapted("dora(rank=2, dropout=0.5)")
     layers.train()
     mask = torch.where(torch.rand(5, 6, generator=torch.Generator().manual_seed(3)) > 0.5, 2.0, 0.0).double()
-    entry.masks = lambda x, probability: mask
+    entry.thin = lambda x, probability: x * mask
     W, U = layers[0].weight, entry.inner.update().dense()
     gain = entry.magnitude / (W + U).norm(dim=1)
     thinned = X * mask

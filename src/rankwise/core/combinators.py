@@ -161,11 +161,11 @@ class Dropped(Operator):
     Args:
         inner: the operator.
         probability: of dropping an input.
-        masks: gives the mask for an input and a probability, as `Site.masks` does (see `MaskStream`).
+        thin: x, probability -> x̃, as `Site.thin` does (see `MaskStream`).
     """
 
-    def __init__(self, inner: Operator, probability: float, masks: Callable[[Tensor, float], Tensor]) -> None:
-        self.inner, self.probability, self.masks = inner, probability, masks
+    def __init__(self, inner: Operator, probability: float, thin: Callable[[Tensor, float], Tensor]) -> None:
+        self.inner, self.probability, self.thin = inner, probability, thin
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -176,15 +176,14 @@ class Dropped(Operator):
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
         if not x.is_floating_point():  # token numbers cannot be thinned; drop the looked-up channels instead
-            y = self.inner.apply(x, layout)
-            return y * self.masks(y, self.probability)
-        return self.inner.apply(x * self.masks(x, self.probability), layout)
+            return self.thin(self.inner.apply(x, layout), self.probability)
+        return self.inner.apply(self.thin(x, self.probability), layout)
 
     def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
         """See `LowRank.add_to_base`."""
         if not isinstance(self.inner, LowRank) or not isinstance(layout, LinearLayout):
             return None
-        return self.inner.add_to_base(base, x, layout, bias, self.masks(x, self.probability))
+        return self.inner.add_to_base(base, x, layout, bias, self.thin(x, self.probability))
 
 
 class Routed(Operator):

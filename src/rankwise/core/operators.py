@@ -166,10 +166,13 @@ class LowRank(Operator):
         x: Tensor,
         layout: Layout,
         bias: Tensor | None,
-        mask: Tensor | None = None,
+        thinned: Tensor | None = None,
         gain: Tensor | None = None,
     ) -> Tensor | None:
-        """Base and update in one kernel, x -> gain ∘ (W x + scale · B A (mask ∘ x)) + bias; None where that is not allowed."""
+        """Base and update in one kernel, x -> gain ∘ (W x + scale · B A x̃) + bias; None where that is not allowed.
+
+        `thinned` is x̃, the input of the update under dropout; None means x.
+        """
         weight = base.plain_weight()
         if weight is None or not isinstance(layout, LinearLayout) or not can_fuse(x, weight, bias):
             return None
@@ -177,7 +180,8 @@ class LowRank(Operator):
         x, weight = x.to(dtype), layout.to_matrix(weight).to(dtype)
         bias = None if bias is None else bias.to(dtype)
         gain = None if gain is None else gain.to(dtype)
-        return low_rank_linear(x, weight, bias, self.B.to(dtype), self.A.to(dtype), self.scale, mask, gain)
+        thinned = None if thinned is None else thinned.to(dtype)
+        return low_rank_linear(x, weight, bias, self.B, self.A, self.scale, thinned, gain)
 
 
 class Chain(Operator):

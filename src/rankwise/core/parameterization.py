@@ -38,7 +38,7 @@ class Site:
         weight: gives the frozen matrix (m, n), detached, in at least float32.
         seed: of the adapter.
         dtype, device: for new trained tensors.
-        masks: gives dropout masks (see `MaskStream`).
+        thin: thins an input by dropout: x, probability -> x̃ (see `MaskStream`).
         bank: tensors shared between the adapter's sites, where the method declared some.
         shape: of the weight tensor in matrix orientation with its modes kept, (out, in, kernel…).
     """
@@ -51,7 +51,7 @@ class Site:
     seed: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    masks: Callable[[Tensor, float], Tensor] | None = None
+    thin: Callable[[Tensor, float], Tensor] | None = None
     bank: Bank | None = None
     shape: tuple[int, ...] = ()
 

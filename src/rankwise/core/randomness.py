@@ -26,7 +26,7 @@ def generator_for(seed: int, *names: object, device: torch.device | str = "cpu")
 class MaskStream:
     """Dropout masks of one adapter on a model: one per input tensor and forward, and the same again under recomputation.
 
-    Layers that read the same tensor (q, k and v; gate and up) share one mask, so it is drawn and kept once. A mask depends on
+    Layers that read the same tensor (q, k and v; gate and up) share one x̃, so it is made and kept once. A mask depends on
     the seed, the forward it was drawn in and the layer that asked first. Gradient checkpointing runs layers again inside
     backward; the stream then finds the forward it repeats by the layer and the content of its input.
     """
@@ -37,7 +37,7 @@ class MaskStream:
         self.recording = False  # whether the forwards of a step are kept for a second pass
         self._recorded: list[int] = []
         self._pending: list[int] | None = None  # during a second pass: forwards still to be repeated
-        self._shared: tuple[weakref.ref[Tensor], int, float, str, Tensor] | None = None
+        self._shared: tuple[weakref.ref[Tensor], int, float, str, Tensor, Tensor, Any] | None = None
         self._calls: OrderedDict[tuple[str, float], tuple[int, str]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,20 +82,21 @@ class MaskStream:
         finally:
             self.forwards, self._pending, self._shared = forwards, None, None
 
-    def mask(self, x: Tensor, probability: float, site: str) -> Tensor:
-        """A mask of x's shape and dtype: 0 with the given probability, else 1 / (1 - probability).
+    def thin(self, x: Tensor, probability: float, site: str) -> Tensor:
+        """x̃ = mask ∘ x, the mask 0 with the given probability (to 1/65536), else 1 / (1 - probability).
 
         Raises:
             TrainingError: a recomputation asks for a forward that is no longer remembered.
         """
-        return cast(Any, _eagerly)(self._mask, x, probability, site)
+        return cast(Any, _eagerly)(self._thin, x, probability, site)
 
-    def _mask(self, x: Tensor, probability: float, site: str) -> Tensor:
+    def _thin(self, x: Tensor, probability: float, site: str) -> Tensor:
         if self._shared is not None:
-            reference, version, kept, owner, mask = self._shared
+            reference, version, kept, owner, mask, thinned, keeper = self._shared
             if reference() is x and version == x._version and kept == probability:
                 self._remember(x, site, owner)
-                return mask
+                same = keeper is _keeper() and thinned.requires_grad == (x.requires_grad and torch.is_grad_enabled())
+                return thinned if same else x * mask
         forward, owner = self.forwards, site
         if inside_backward():  # backward: a checkpointed layer runs again
             found = self._calls.get((site, _probe(x)))
@@ -107,11 +108,15 @@ class MaskStream:
             forward, owner = found
         else:
             self._remember(x, site, site)
-        generator = generator_for(self.seed, "mask", forward, owner, device=x.device)
-        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - probability, generator=generator)
-        mask.mul_(1.0 / (1.0 - probability))
-        self._shared = (weakref.ref(x), x._version, probability, owner, mask)
-        return mask
+        mask = _mask(x, probability, generator_for(self.seed, "mask", forward, owner, device=x.device))
+        thinned = x * mask
+        self._shared = (weakref.ref(x, self._release), x._version, probability, owner, mask, thinned, _keeper())
+        return thinned
+
+    def _release(self, reference: weakref.ref[Tensor]) -> None:
+        """The input is gone, so nobody will share its x̃, which holds on to the graph."""
+        if self._shared is not None and self._shared[0] is reference:
+            self._shared = None
 
     def _remember(self, x: Tensor, site: str, owner: str) -> None:
         if not may_be_recomputed():
@@ -134,7 +139,27 @@ def inside_backward() -> bool:
 
 def may_be_recomputed() -> bool:
     """Whether a checkpoint is recording: the reentrant kind switches gradients off, the other kind hooks saved tensors."""
-    return not torch.is_grad_enabled() or cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True) is not None
+    return not torch.is_grad_enabled() or _keeper() is not None
+
+
+def _keeper() -> Any:
+    """Who packs saved tensors now, such as a checkpointed region. Regions run again one by one, so they share no tensor."""
+    hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def _mask(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """A mask of x's shape and dtype with mean one: 16 random bits decide about each entry.
+
+    Four entries share a draw of 64 bits, which takes a sixth of the time of `bernoulli_`.
+    """
+    count = x.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
+    bits = words.view(torch.int16)[:count].view(x.shape)
+    dropped = min(round(probability * 2**16), 2**16 - 1)  # of 65536 equally likely values
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.ge(bits, dropped - 2**15, out=mask)
+    return mask.mul_(2**16 / (2**16 - dropped))
 
 
 def _probe(x: Tensor) -> float:

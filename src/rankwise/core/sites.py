@@ -26,6 +26,6 @@ def site_of(target: Target, seed: int, masks: MaskStream) -> Site:
         seed=seed,
         dtype=weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
         device=weight.device,
-        masks=functools.partial(masks.mask, site=target.name),
+        thin=functools.partial(masks.thin, site=target.name),
         shape=target.mode_shape(),
     )

@@ -50,7 +50,7 @@ class GatedLoRA(Additive):
         if not 0.0 <= dropout < 1.0:
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
         value = float(rank if alpha is None else alpha)
-        self.rank, self.form, self.dropout, self.masks = rank, form, dropout, site.masks
+        self.rank, self.form, self.dropout, self.thin = rank, form, dropout, site.thin
         self.scale = value / (rank + 1e-5) if form == "svd" else value / rank
         B, gate, A = self._draw(site)
         self.B, self.gate, self.A = nn.Parameter(B), nn.Parameter(gate), nn.Parameter(A)  # (m, r), (r,), (r, n)
@@ -80,7 +80,7 @@ class GatedLoRA(Additive):
 
     def update(self) -> Operator:
         update = LowRank(self.B, self.gate[:, None] * self.A, self.scale)
-        return Dropped(update, self.dropout, self.masks) if self.training and self.dropout and self.masks else update
+        return Dropped(update, self.dropout, self.thin) if self.training and self.dropout and self.thin else update
 
     def load_factors(self, factors: LowRank) -> None:
         self.A.copy_(factors.A)

@@ -78,7 +78,7 @@ class LoRA(Additive):
         if not 0.0 <= dropout < 1.0:
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
         self.rank, self.scale, self.dropout = rank, scale_of(scale, alpha, rank), dropout
-        self.masks, self.input_start = site.masks, input_start
+        self.thin, self.input_start = site.thin, input_start
         self.frozen = "A" if freeze_input else "B" if freeze_output else ""
         for role, factor in zip("BA", self._draw(site), strict=True):  # (m, r), (r, n)
             if role == self.frozen:
@@ -120,8 +120,8 @@ class LoRA(Additive):
 
     def update(self) -> Operator:
         update = LowRank(self.B, self.A, self.scale)
-        if self.training and self.dropout and self.masks is not None:
-            return Dropped(update, self.dropout, self.masks)
+        if self.training and self.dropout and self.thin is not None:
+            return Dropped(update, self.dropout, self.thin)
         return update
 
     def load_factors(self, factors: LowRank) -> None:

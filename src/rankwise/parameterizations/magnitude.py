@@ -69,7 +69,7 @@ class Magnitude(Wrapping):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
-        self.dropout, self.masks, self.detach_norm = dropout, site.masks, detach_norm
+        self.dropout, self.thin, self.detach_norm = dropout, site.thin, detach_norm
         self.plan, self.n = Plan(), site.n
         object.__setattr__(self, "bank", site.bank)  # a child of the model's root already
         self.inner = build_inner(inner_piece(inner, rank, alpha, scale), site) if direction else None
@@ -85,11 +85,11 @@ class Magnitude(Wrapping):
 
     def forward(self, base: Operator) -> Operator:
         gain = self._gain(base)
-        if self.training and self.dropout and self.masks is not None:
+        if self.training and self.dropout and self.thin is not None:
             changed: Operator = RowScale(base, gain - 1)
             if self.inner is not None:
                 changed = Sum(changed, RowScale(self.inner.update(), gain))
-            return Sum(base, Dropped(changed, self.dropout, self.masks))
+            return Sum(base, Dropped(changed, self.dropout, self.thin))
         return RowScale(self._direction(base), gain)
 
     def _direction(self, base: Operator) -> Operator:

@@ -86,7 +86,7 @@ class ShardShare(Additive):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
-        self.rank, self.m, self.n, self.dropout, self.masks = rank, site.m, site.n, dropout, site.masks
+        self.rank, self.m, self.n, self.dropout, self.thin = rank, site.m, site.n, dropout, site.thin
         self.D = nn.Parameter(site.zeros(rank, site.m if width is None else width))  # (r, m) or (r, q)
 
     @classmethod
@@ -111,7 +111,7 @@ class ShardShare(Additive):
         repeats = self.m // self.D.shape[1]
         B = self.D.t() if repeats == 1 else self.D.t().repeat(repeats, 1)  # (m, r)
         update = ShardSum(B, self.n)
-        return Dropped(update, self.dropout, self.masks) if self.training and self.dropout and self.masks else update
+        return Dropped(update, self.dropout, self.thin) if self.training and self.dropout and self.thin else update
 
     def restart(self, site: Site) -> None:
         self.D.zero_()

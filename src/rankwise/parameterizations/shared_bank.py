@@ -63,7 +63,7 @@ class SharedBank(Additive):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
-        self.rank, self.dropout, self.masks = rank, dropout, site.masks
+        self.rank, self.dropout, self.thin = rank, dropout, site.thin
         self.m, self.n, self.d_initial = site.m, site.n, d_initial if train != "d" else 0.0
         trained = self.roles_of(train=train)
         vectors = {"d": torch.full_like(site.zeros(rank), self.d_initial), "b": site.zeros(site.m)}  # (r,), (m,)
@@ -104,7 +104,7 @@ class SharedBank(Additive):
     def update(self) -> Operator:
         B, A = self.projections()
         update = Chain(self.b, B, self.d, A)
-        return Dropped(update, self.dropout, self.masks) if self.training and self.dropout and self.masks else update
+        return Dropped(update, self.dropout, self.thin) if self.training and self.dropout and self.thin else update
 
     def restart(self, site: Site) -> None:
         zero, other = (self.d, self.b) if "b" not in self._parameters else (self.b, self.d)

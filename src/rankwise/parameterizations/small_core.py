@@ -71,7 +71,7 @@ class SmallCore(Additive):
             raise ArgumentError(f"frames is svd or kaiming, not {frames!r}")
         if singular_values not in ("input", "output", "both"):
             raise ArgumentError(f"singular_values is input, output or both, not {singular_values!r}")
-        self.rank, self.scale, self.dropout, self.masks = rank, scale_of("lora", alpha, rank), dropout, site.masks
+        self.rank, self.scale, self.dropout, self.thin = rank, scale_of("lora", alpha, rank), dropout, site.thin
         self.frames, self.singular_values, self.iterations = frames, singular_values, iterations
         B, A = self._frames(site)
         self.register_buffer("B", B)  # (m, r)
@@ -109,7 +109,7 @@ class SmallCore(Additive):
 
     def update(self) -> Operator:
         update = Chain(self.B, self.R, self.A, scale=self.scale)
-        return Dropped(update, self.dropout, self.masks) if self.training and self.dropout and self.masks else update
+        return Dropped(update, self.dropout, self.thin) if self.training and self.dropout and self.thin else update
 
     def load_factors(self, factors: LowRank) -> None:
         U, S, Vh = svd(LowRank(factors.B, factors.A)).truncated(self.rank)

@@ -48,7 +48,7 @@ class TuckerCore(Additive):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
-        self.rank, self.scale, self.dropout, self.masks = rank, scale, dropout, site.masks
+        self.rank, self.scale, self.dropout, self.thin = rank, scale, dropout, site.thin
         wanted = (rank, rank, *(kernel_rank for _ in site.shape[2:]))
         widths = tuple(min(size, j) for size, j in zip(site.shape, wanted, strict=True))
         self.modes = ("P_out", "P_in", *(f"P_kernel{k}" for k in range(len(site.shape) - 2)))
@@ -86,7 +86,7 @@ class TuckerCore(Additive):
 
     def update(self) -> Operator:
         update = Tucker(self.core, *(getattr(self, name) for name in self.modes), scale=self.scale)
-        return Dropped(update, self.dropout, self.masks) if self.training and self.dropout and self.masks else update
+        return Dropped(update, self.dropout, self.thin) if self.training and self.dropout and self.thin else update
 
     def restart(self, site: Site) -> None:
         self.core.zero_()

@@ -17,13 +17,16 @@ LoRA Serving, 2023, arXiv:2310.18547. Sheng et al.: S-LoRA, 2023, arXiv:2311.032
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.core.errors import ActivationError, ArgumentError, did_you_mean, shorten
 from rankwise.core.operators import LowRank, Operator
@@ -263,12 +266,19 @@ class AdapterBank(nn.Module):
         m, n = pair.shape
         self._dtype = pair.A.dtype if self._dtype is None else self._dtype
         trains = any(parameter.requires_grad for parameter in self.A)
-        options = {"dtype": self._dtype, "device": self._device}
+        options: Any = {"dtype": self._dtype, "device": self._device}
         self.sites[site] = len(self.A)
-        self.A.append(nn.Parameter(torch.zeros(self.slots, self.max_rank, n, **options), requires_grad=trains))
-        self.B.append(nn.Parameter(torch.zeros(self.slots, m, self.max_rank, **options), requires_grad=trains))
+        self.A.append(nn.Parameter(_zeros(self.slots, self.max_rank, n, **options), requires_grad=trains))
+        self.B.append(nn.Parameter(_zeros(self.slots, m, self.max_rank, **options), requires_grad=trains))
 
     def extra_repr(self) -> str:
         """Slots in use, and sites."""
         used = f"{len(self.names)} of {self.slots} slots"
         return f"{used}, max_rank={self.max_rank}, {len(self.sites)} sites, backend={self.backend}"
+
+
+def _zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that the operating system hands out page by page when they are written, so that an empty slot takes no memory."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
