@@ -128,7 +128,7 @@ def merge(
     else:
         result = merging.merge_adapters(updates, method, weights=given, rank=rank)
     console.print(escape(str(result)))
-    handle = merging.as_adapter(base, result, name="merged")
+    handle = merging.as_adapter(base, result, name="merge")
     handle.save(out)
     console.print(
         f"merged adapter: {out}  ({handle.trained_numbers:,} numbers). Heads trained beside the adapters are not merged."

@@ -188,7 +188,7 @@ def result_of(
     )
 
 
-def as_adapter(model: nn.Module, result: MergeResult | Adapter, name: str = "merged", *, common_rank: bool = False) -> Handle:
+def as_adapter(model: nn.Module, result: MergeResult | Adapter, name: str = "merge", *, common_rank: bool = False) -> Handle:
     """Puts a merge result onto a model as a plain LoRA adapter of scale 1, which can be trained, saved and exported.
 
     Args:
