@@ -26,6 +26,7 @@ from rankwise.core.randomness import inside_backward, may_be_recomputed
 from rankwise.core.targets import Target, dequantize, weight_parameter
 
 Selection = tuple[tuple[str, float], ...]
+TAKEN_NAMES = frozenset({"layout", "shape", "active", "rows", "stash", "merged", "checkpointed"})  # fields of `Adapters`
 
 
 class Adapters(nn.ModuleDict):
