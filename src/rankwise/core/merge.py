@@ -75,8 +75,8 @@ def report_rounding(target: Target) -> None:
             exact = exact + carried.dense().float()
     error = float((adapters.layout.to_matrix(weight).float() - exact).norm() / adapters.layout.to_matrix(adapters.stash).norm())
     warnings.warn(
-        f"{target.name}: what was absorbed into the weight rounds to {str(weight.dtype).removeprefix('torch.')}, which moves it "
-        f"by {100 * error:.3f} %. To avoid it load the base in float32, or keep the part beside it (pissa: mode='offset')",
+        f"{target.name}: what was absorbed into the weight rounds to {str(weight.dtype).removeprefix('torch.')}, which moves "
+        f"it by {100 * error:.3f} %. To avoid it load the base in float32, or keep the part beside it (pissa: mode='offset')",
         stacklevel=2,
     )
 
