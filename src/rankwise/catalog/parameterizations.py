@@ -118,8 +118,8 @@ def dora(
                 f"Compose instead: 'dora + {inner.name}'"
             )
         inner = inner.parameterization
-    if not direction and (inner is not None or rank is not None or alpha is not None):
-        raise ArgumentError("direction=False trains the magnitudes alone, so inner, rank and alpha would have no effect")
+    if not direction and (inner is not None or rank is not None or alpha is not None or scale != "lora"):
+        raise ArgumentError("direction=False trains the magnitudes alone, so inner, rank, alpha and scale would have no effect")
     chosen = piece(
         Magnitude,
         inner=inner,
@@ -155,6 +155,8 @@ def vera(
     save_projections: bool = False,
 ) -> Recipe:
     """Trains two vectors per layer around one frozen random pair that all layers share."""
+    if train == "d" and d_initial != 0.1:
+        raise ArgumentError("with train='d' the vector d starts at 0, so d_initial would have no effect; leave it out")
     chosen = piece(
         SharedBank,
         rank=rank,
@@ -192,6 +194,8 @@ def lora_xs(
     iterations: int | None = None,
 ) -> Recipe:
     """Trains an r × r core between the leading singular vectors of each weight."""
+    if frames == "kaiming" and (singular_values != "input" or iterations is not None):
+        raise ArgumentError("frames='kaiming' decomposes nothing, so singular_values and iterations would have no effect")
     chosen = piece(
         SmallCore,
         rank=rank,

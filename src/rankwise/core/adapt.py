@@ -250,6 +250,7 @@ def _start(recipe: Recipe, target: Target, name: str, site: Site, statistics: La
             minus = LowRank(-placed.folded().B.detach(), placed.A.detach())
             if start.mode == "absorb":
                 merge.absorb_site(target, name, minus)
+                merge.report_rounding(target)
             else:
                 entry.carry(minus, absorbed=False)
         carried = entry.carried()

@@ -311,7 +311,8 @@ class Handle:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.step_count, self.masks.forwards = int(state["step_count"]), int(state["forwards"])
+        self.step_count = int(state["step_count"])
+        self.masks.resume(int(state["forwards"]))
         for name, part in (("schedule", self.schedule), ("procedure", self.procedure), ("perturbation", self.perturbation)):
             if part is not None:
                 part.load_state_dict(state[name])

@@ -6,6 +6,7 @@ subtracted. Merging computes in float32 or wider and casts once.
 
 from __future__ import annotations
 
+import warnings
 from typing import cast
 
 import torch
@@ -59,6 +60,25 @@ def absorb_site(target: Target, name: str, part: LowRank) -> None:
         raise MergeError(f"{adapters.merged} is merged; unmerge before a start or a restart rewrites the weight")
     adapters[name].carry(part, absorbed=True)
     _write(target, ())
+
+
+@torch.no_grad()
+def report_rounding(target: Target) -> None:
+    """Warns where the weight's dtype cannot hold the sum: the layer is off by the rounding from then on."""
+    weight, adapters = target.parameter(), _adapters(target)
+    if adapters.stash is None or weight.dtype not in (torch.bfloat16, torch.float16):
+        return
+    exact = adapters.layout.to_matrix(adapters.stash).float()  # (m, n)
+    for other in adapters:
+        carried = adapters[other].carried()
+        if adapters[other].absorbed and carried is not None:
+            exact = exact + carried.dense().float()
+    error = float((adapters.layout.to_matrix(weight).float() - exact).norm() / adapters.layout.to_matrix(adapters.stash).norm())
+    warnings.warn(
+        f"{target.name}: what was absorbed into the weight rounds to {str(weight.dtype).removeprefix('torch.')}, which moves "
+        f"it by {100 * error:.3f} %. To avoid it load the base in float32, or keep the part beside it (pissa: mode='offset')",
+        stacklevel=2,
+    )
 
 
 def rewrite(target: Target) -> None:

@@ -34,6 +34,7 @@ class MaskStream:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.forwards = 0
+        self.counting = False  # from the first mask on; without masks a compiled forward has nothing to guard on
         self.recording = False  # whether the forwards of a step are kept for a second pass
         self._recorded: list[int] = []
         self._pending: list[int] | None = None  # during a second pass: forwards still to be repeated
@@ -42,11 +43,19 @@ class MaskStream:
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_recorded": [], "_pending": None, "_shared": None, "_calls": OrderedDict()}
-        return {"seed": self.seed, "forwards": self.forwards, "recording": self.recording, **fresh}
+        return {"seed": self.seed, "forwards": self.forwards, "counting": self.counting, "recording": self.recording, **fresh}
 
     def start_forward(self, model: Any = None, *_: object) -> None:
         """Called once per forward of the model, as its forward pre-hook."""
-        self._shared = None
+        if self.counting or self.recording:
+            cast(Any, _eagerly)(self._next_forward, model)
+
+    def resume(self, forwards: int) -> None:
+        """Goes on after so many counted forwards."""
+        self.forwards, self.counting = forwards, forwards > 0
+
+    def _next_forward(self, model: Any) -> None:
+        self._shared, self.counting = None, True
         if self._pending is not None:
             if not self._pending:
                 raise TrainingError(
@@ -91,6 +100,8 @@ class MaskStream:
         return cast(Any, _eagerly)(self._thin, x, probability, site)
 
     def _thin(self, x: Tensor, probability: float, site: str) -> Tensor:
+        if not self.counting:  # the first mask of all, in a forward that was not counted
+            self.forwards, self.counting = self.forwards + 1, True
         if self._shared is not None:
             reference, version, kept, owner, mask, thinned, keeper = self._shared
             if reference() is x and version == x._version and kept == probability:

@@ -56,6 +56,8 @@ class Balance(Perturbation):
             raise ArgumentError(f"decay is one of {', '.join(DECAYS)}, not {decay!r}")
         if strength < 0 or (decay_steps is not None and decay_steps < 1):
             raise ArgumentError(f"strength >= 0 and decay_steps >= 1 (or None) are needed, not {strength} and {decay_steps}")
+        if decay != "linear" and decay_steps is None:
+            raise ArgumentError(f"decay={decay!r} has no effect without decay_steps, the number of steps to decay over")
         self.kind, self.strength, self.decay_steps, self.decay = kind, strength, decay_steps, decay
         self.steps = 0
 
