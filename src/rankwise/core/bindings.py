@@ -28,6 +28,9 @@ from rankwise.core.targets import Target, dequantize, weight_parameter
 Selection = tuple[tuple[str, float], ...]
 
 
+RESERVED = frozenset({"layout", "shape", "active", "rows", "stash", "merged", "checkpointed"})  # attributes of `Adapters`
+
+
 class Adapters(nn.ModuleDict):
     """The child `<layer>.adapter`: the named parameterizations of one layer, and which of them act.
 
