@@ -111,7 +111,7 @@ def merge(
     with torch.no_grad():
         for name, tensor in kept.items():
             named[name].copy_(tensor)
-    handle = merging.as_adapter(model, result, name="merged", train_also=sorted({name.rpartition(".")[0] for name in kept}))
+    handle = merging.as_adapter(model, result, name="merge", train_also=sorted({name.rpartition(".")[0] for name in kept}))
     made = {"merged": [str(folder) for folder in folders], "method": method, "weights": values, "rank": rank, "head": head}
     runs.claim(out, {"model": origin.model, "kind": origin.kind, "labels": list(origin.labels), **made, "data": list(data)})
     handle.save(out / runs.ADAPTER)

@@ -77,7 +77,7 @@ def train_run(
             f"and {accumulate}"
         )
     composed, folder = compose(recipe), Path(out)
-    rate = sweep.prior(composed) if learning_rate is None else learning_rate
+    rate = sweep.prior(composed, steps) if learning_rate is None else learning_rate
     if not 0 < rate < float("inf"):
         raise ArgumentError(f"the learning rate is a positive number, not {rate}")
     if where is not None:

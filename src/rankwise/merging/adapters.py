@@ -191,7 +191,7 @@ def result_of(
 def as_adapter(
     model: nn.Module,
     result: MergeResult | Adapter,
-    name: str = "merged",
+    name: str = "merge",
     *,
     common_rank: bool = False,
     train_also: Sequence[str] = (),
