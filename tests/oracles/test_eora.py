@@ -1,129 +1,163 @@
-"""EoRA against its spec (arXiv:2410.21271)."""
+"""Oracles of EoRA: the companion of a compressed layer that minimizes the error of its outputs."""
 
-from __future__ import annotations
+import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import rankwise
-from rankwise.compression.eora import compensate
-from tests.oracles.tools_training import SITE, layer_model, normal, orthonormal, relative, truncated, with_spectrum
+import rankwise as rw
+from rankwise.approximations.weighted_svd import weighted_svd
+from rankwise.compression import compensate
 
-M, N, RANK, TOKENS = 8, 6, 2, 50
-W = normal(0, M, N)
-COMPRESSED = torch.where(W.abs() > 0.6, W, torch.zeros_like(W))
-D = W - COMPRESSED
-X = normal(1, TOKENS, N) @ torch.diag(torch.tensor([3.0, 2, 1, 0.5, 0.2, 0.1], dtype=torch.float64)) @ normal(2, N, N)
-GRAM = X.T @ X
+SIZES = [(8, 6), (6, 8), (7, 7)]
 
 
-def companion(dense: Tensor, compressed: Tensor, gram: Tensor | None, rank: int = RANK) -> Tensor:
-    """B A."""
-    return compensate(dense, compressed, gram, rank).dense()
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def by_the_paper(difference: Tensor, root: Tensor, rank: int) -> Tensor:
-    """SVD_r(D Q') Q'⁻¹ with C = Q' Q'ᵀ."""
-    return truncated(difference @ root, rank) @ torch.linalg.inv(root)
+def inputs(n: int, tokens: int = 60) -> Tensor:
+    """Correlated inputs, one token a row."""
+    return draw(1, tokens, n) @ (torch.eye(n, dtype=torch.float64) + 0.4 * draw(2, n, n))
 
 
-def lost(product: Tensor, rows: Tensor = X) -> float:
-    return float((((D - product) @ rows.T) ** 2).sum())
+def rounded(W: Tensor) -> Tensor:
+    """A crude quantizer: multiples of a half."""
+    return (2 * W).round() / 2
 
 
-def eigen_root(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp(min=0).sqrt()
+def by_root(D: Tensor, F: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B = U√S, A = √S Vᵀ F⁻¹, and all singular values of D F."""
+    U, S, Vh = torch.linalg.svd(D @ F, full_matrices=False)
+    B, A = U[:, :rank] * S[:rank].sqrt(), S[:rank].sqrt()[:, None] * Vh[:rank] @ torch.linalg.pinv(F)
+    return B @ A, S
 
 
+def eigen_root(C: Tensor, floor: float = 0.0) -> Tensor:
+    values, Q = torch.linalg.eigh(C)
+    return Q * values.clamp(min=floor).sqrt()
+
+
+def output_error(D: Tensor, update: Tensor, X: Tensor) -> float:
+    return ((D - update) @ X.T).square().sum().item()
+
+
+@pytest.mark.parametrize(("m", "n"), SIZES)
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_1_the_error_is_the_discarded_part_of_the_spectrum(m, n, rank):
+    W, X = draw(0, m, n), inputs(n)
+    D = W - rounded(W)
+    factors = compensate(W, rounded(W), X.T @ X, rank)
+    assert factors.B.shape == (m, rank)
+    assert factors.A.shape == (rank, n)
+    assert factors.scale == 1.0
+    expected, S = by_root(D, eigen_root(X.T @ X), rank)
+    update = factors.B @ factors.A
+    assert (update - expected).abs().max() < 1e-10
+    assert output_error(D, update, X) == pytest.approx(S[rank:].square().sum().item(), abs=1e-10, rel=1e-10)
+
+
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_2_every_square_root_gives_the_same_product(m, n):
+    W, X, rank = draw(0, m, n), inputs(n), 3
+    D, C = W - rounded(W), X.T @ X
+    library = compensate(W, rounded(W), C, rank)
+    orthogonal = torch.linalg.qr(draw(8, n, n)).Q
+    roots = [torch.linalg.cholesky(C), eigen_root(C), eigen_root(C) @ orthogonal, X.T]
+    for F in roots:
+        assert (by_root(D, F, rank)[0] - library.dense()).abs().max() < 3e-14
+        assert (weighted_svd(D, F, rank).dense() - library.dense()).abs().max() < 3e-14
+
+
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_3_white_inputs_and_a_sufficient_rank(m, n):
+    W = draw(0, m, n)
+    D = W - rounded(W)
+    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    plain = (U[:, :2] * S[:2]) @ Vh[:2]
+    for C in (torch.eye(n, dtype=torch.float64), 5 * torch.eye(n, dtype=torch.float64), None):
+        assert (compensate(W, rounded(W), C, 2).dense() - plain).abs().max() < 1e-12
+    low = draw(4, m, 2) @ draw(5, 2, n)
+    for rank in (2, 3, 5):
+        assert (compensate(W, W - low, inputs(n).T @ inputs(n), rank).dense() - low).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("m", "n"), SIZES)
 @pytest.mark.parametrize("rank", [1, 2, 4])
-def test_1_error_is_the_discarded_spectrum(rank: int) -> None:
-    sigma = torch.linalg.svdvals(D @ eigen_root(GRAM))
-    found = companion(W, COMPRESSED, GRAM, rank)
-    assert int(torch.linalg.matrix_rank(found)) == rank
-    assert abs(lost(found) / float((sigma[rank:] ** 2).sum()) - 1) < 1e-10
+def test_4_never_worse_than_the_plain_svd_nor_than_random_pairs(m, n, rank):
+    W, X = draw(0, m, n), inputs(n)
+    D = W - rounded(W)
+    best = output_error(D, compensate(W, rounded(W), X.T @ X, rank).dense(), X)
+    plain = output_error(D, compensate(W, rounded(W), None, rank).dense(), X)
+    assert best < plain * (1 - 1e-3)
+    solution = compensate(W, rounded(W), X.T @ X, rank)
+    for seed in range(50):
+        B, A = draw(seed, m, rank), draw(seed + 100, rank, n)
+        others = [B @ A, B @ torch.linalg.pinv(B) @ D, D @ torch.linalg.pinv(A) @ A]
+        others.append((solution.B + 0.01 * B) @ (solution.A + 0.01 * A))
+        assert all(output_error(D, other, X) >= best * (1 - 1e-12) for other in others)
 
 
-def test_2_every_root_of_the_gram_gives_the_same() -> None:
-    root, found = eigen_root(GRAM), companion(W, COMPRESSED, GRAM)
-    for other in (root, torch.linalg.cholesky(GRAM), root @ orthonormal(3, N, N)):
-        assert relative(found, by_the_paper(D, other, RANK)) < 1e-9
+@pytest.mark.parametrize("tokens", [3, 5])
+def test_5_fewer_tokens_than_inputs(tokens):
+    m, n, rank = 8, 9, 2
+    W, X = draw(0, m, n), inputs(n, tokens)
+    D, C = W - rounded(W), X.T @ X
+    update = compensate(W, rounded(W), C, rank).dense()
+    S = torch.linalg.svdvals(D @ X.T)
+    least = S[rank:].square().sum().item()
+    assert torch.linalg.matrix_rank(update, rtol=1e-10) <= rank
+    assert output_error(D, update, X) == pytest.approx(least, rel=1e-9)
+    by_pseudo_inverse, _ = by_root(D, X.T, rank)
+    assert output_error(D, by_pseudo_inverse, X) == pytest.approx(least, rel=1e-9)
+    assert ((update - by_pseudo_inverse) @ X.T).abs().max() < 1e-9
+    top = torch.linalg.eigvalsh(C)[-1].item()
+    floored, _ = by_root(D, eigen_root(C, floor=1e-6 * top), rank)
+    assert output_error(D, floored, X) == pytest.approx(least, rel=1e-3)
+    assert ((update - floored) @ X.T).norm() / (update @ X.T).norm() < 1e-3
+    blind = torch.linalg.svd(X).Vh[tokens:]  # inputs that no token has: whatever D does there is irrelevant
+    other = W + draw(7, m, n - tokens) @ blind
+    assert ((compensate(other, rounded(W), C, rank).dense() - update) @ X.T).abs().max() < 1e-9
 
 
-def test_3_identity_gives_the_plain_svd() -> None:
-    eye = torch.eye(N, dtype=torch.float64)
-    assert relative(companion(W, COMPRESSED, eye), truncated(D, RANK)) < 1e-12
-    assert relative(companion(W, COMPRESSED, None), truncated(D, RANK)) < 1e-12
+def test_6_nothing_to_compensate():
+    W, X = draw(0, 8, 6), inputs(6)
+    factors = compensate(W, W, X.T @ X, 3)
+    assert torch.equal(factors.B @ factors.A, torch.zeros(8, 6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("rank", [2, 3, 6])
-def test_3_enough_rank_gives_the_difference(rank: int) -> None:
-    difference = with_spectrum(4, M, N, [1.0, 0.3])
-    assert relative(companion(W, W - difference, GRAM, rank), difference) < 1e-9
+def models() -> tuple[nn.Sequential, nn.Sequential, list[tuple[Tensor, Tensor]]]:
+    """A dense model, a compressed one and calibration batches."""
+    torch.manual_seed(3)
+    dense = nn.Sequential(nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 9), nn.Tanh(), nn.Linear(9, 7)).double()
+    compressed = copy.deepcopy(dense)
+    for module in compressed:
+        if isinstance(module, nn.Linear):
+            module.weight.data = (4 * module.weight.data).round() / 4
+    X = inputs(8)
+    return dense, compressed, [(X[i : i + 20], torch.zeros(20, dtype=torch.long)) for i in range(0, 60, 20)]
 
 
-def test_4_never_worse_than_the_plain_svd_or_random_factors() -> None:
-    found = lost(companion(W, COMPRESSED, GRAM))
-    assert found < lost(truncated(D, RANK)) * 0.999
-    for seed in range(100):
-        B = normal(100 + seed, M, RANK)
-        best_A = torch.linalg.lstsq(B, D).solution  # the best partner of a random B
-        assert lost(B @ best_A) >= found
-        assert lost(B @ normal(300 + seed, RANK, N)) >= found
-
-
-@pytest.mark.parametrize("tokens", [3, 4, 5])
-def test_5_fewer_tokens_than_features(tokens: int) -> None:
-    rows = X[:tokens]
-    gram = rows.T @ rows
-    sigma = torch.linalg.svdvals(D @ eigen_root(gram))
-    expected = float((sigma[RANK:] ** 2).sum())
-    found = companion(W, COMPRESSED, gram)
-    assert torch.isfinite(found).all()
-    assert abs(lost(found, rows) / expected - 1) < 1e-8
-    # the pseudo-inverse form has the same error; what the null space sees is free
-    by_pinv = truncated(D @ eigen_root(gram), RANK) @ torch.linalg.pinv(eigen_root(gram), rtol=1e-7)
-    assert abs(lost(by_pinv, rows) / expected - 1) < 1e-8
-    assert relative(found @ rows.T, by_pinv @ rows.T) < 1e-8
-    # eigenvalue flooring, as in the release, to 1e-3
-    values, vectors = torch.linalg.eigh(gram)
-    floored = vectors * values.clamp(min=1e-6 * float(values.max())).sqrt()
-    assert abs(lost(by_the_paper(D, floored, RANK), rows) / lost(found, rows) - 1) < 1e-3
-
-
-def test_6_nothing_to_compensate() -> None:
-    found = companion(W, W, GRAM)
-    assert float(found.abs().max()) < 1e-14
-
-
-def test_export_is_an_adapter_on_the_compressed_model() -> None:
-    """y = W_c x + B A x, scale 1, rank r, from calibration batches."""
-    model, dense = layer_model(COMPRESSED), layer_model(W)
-    rows = [(part, torch.zeros(len(part), dtype=torch.long)) for part in X.split(10)]
-    handle = rankwise.catalog.eora(model, dense, rows, rank=RANK)
-    expected = by_the_paper(D, eigen_root(GRAM), RANK)
-    assert relative(handle.update_of(SITE).dense(), expected) < 1e-8
-    assert relative(model(X), X @ (COMPRESSED + expected).T) < 1e-8
-    assert torch.equal(model.get_parameter("layer.weight").detach(), COMPRESSED)
-    exported = handle.low_rank_of(SITE)
-    assert exported is not None
-    assert exported.rank == RANK
-
-
-def test_algorithm_calibrates_behind_what_is_compensated_already() -> None:
-    """Sequential: the second layer's Gram is that of the compressed and compensated first layer's outputs."""
-    first, second = normal(10, 7, N), normal(11, M, 7)
-    rough = [torch.round(weight) for weight in (first, second)]
-    model, dense = layer_model(rough[0], second=rough[1]), layer_model(first, second=second)
-    rows = [(part, torch.zeros(len(part), dtype=torch.long)) for part in X.split(10)]
-    handle = rankwise.catalog.eora(model, dense, rows, rank=RANK)
-    one = by_the_paper(first - rough[0], eigen_root(GRAM), RANK)
-    hidden = X @ (rough[0] + one).T
-    sigma_root = eigen_root(hidden.T @ hidden)
-    difference = second - rough[1]
-    two = handle.update_of("second").dense().detach()
-    found = float((((difference - two) @ hidden.T) ** 2).sum())
-    sigma = torch.linalg.svdvals(difference @ sigma_root)
-    assert relative(handle.update_of(SITE).dense(), one) < 1e-8
-    assert abs(found / float((sigma[RANK:] ** 2).sum()) - 1) < 1e-6
+@pytest.mark.parametrize("sequential", [True, False])
+def test_algorithm_layer_by_layer(sequential):
+    """Inputs come from the compressed model, behind the layers compensated before (or all at once, uncompensated)."""
+    dense, compressed, batches = models()
+    untouched = copy.deepcopy(compressed)
+    handle = rw.catalog.eora(compressed, dense, batches, rank=2, sequential=sequential)
+    X = torch.cat([x for x, _ in batches])
+    for site in ("0", "2", "4"):
+        W, Wc = dense.get_submodule(site).weight.detach(), untouched.get_submodule(site).weight.detach()
+        bias = dense.get_submodule(site).bias.detach()
+        expected, _ = by_root(W - Wc, eigen_root(X.T @ X), 2)
+        assert (handle.update_of(site).dense() - expected).abs().max() < 1e-9
+        assert torch.equal(compressed.get_submodule(site).weight, Wc)
+        Y = X @ (Wc + expected if sequential else Wc).T + bias
+        X = Y if site == "4" else Y.tanh()
+    factors = handle.low_rank_of("0")
+    assert factors is not None
+    assert factors.B.shape == (10, 2)
+    if sequential:
+        x = torch.cat([x for x, _ in batches])
+        assert (compressed(x) - X).abs().max() < 1e-9
+        assert (compressed(x) - dense(x)).norm() < (untouched(x) - dense(x)).norm()

@@ -79,7 +79,7 @@ def test_4_forward_moment_after_a_rank_one_gradient(make, falls):
         A, B, base = p.roles()["A"], p.roles()["B"], model(v[None]).detach()
         (g * model(v[None]) @ u).sum().backward()
         put(B, -eta * B.grad)
-        moved = float((model(v[None]) - base) @ u)
+        moved = float(((model(v[None]) - base) @ u).detach())
         assert moved == pytest.approx(-(p.scale**2) * eta * g * float((A @ v).square().sum()), rel=1e-12)
         # A v ~ N(0, I_r/n) for A ~ N(0, 1/n) and a unit v; over 200 draws the mean at r = 4 would only be good to 5 %
         # (one standard deviation), so 20,000 are drawn: 0.5 %.

@@ -1,150 +1,163 @@
-"""SVD-LLM against its spec (arXiv:2403.07378)."""
+"""Oracles of SVD-LLM: truncation in the metric of the layer's inputs, and the closed-form second pass."""
 
-from __future__ import annotations
+import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import rankwise
-from rankwise.compression.compress import compress_, rank_for
-from rankwise.compression.factorized import Factorized
-from rankwise.compression.svd_llm import SVDLLM
-from tests.oracles.tools_training import (
-    SITE,
-    drawn,
-    layer_model,
-    normal,
-    orthonormal,
-    relative,
-    statistics_of,
-    truncated,
-    with_spectrum,
-)
-
-M, N, RANK, TOKENS = 8, 6, 3, 40
-W = normal(0, M, N)
-X = normal(1, TOKENS, N) @ torch.diag(torch.tensor([3.0, 2, 1, 0.5, 0.2, 0.1], dtype=torch.float64)) @ normal(2, N, N)
+import rankwise as rw
+from rankwise.compression import SVDLLM, compensate, rank_for
+from rankwise.core.statistics import LayerStatistics, MomentCollector
 
 
-def truncation(weight: Tensor, rows: Tensor, rank: int = RANK) -> Tensor:
-    """B A."""
-    return SVDLLM()(statistics_of(weight, inputs=[rows]), rank, generator=drawn(0), scale=1.0).dense()
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def by_the_paper(weight: Tensor, rows: Tensor, rank: int, root: Tensor | None = None) -> Tensor:
-    """U_r Σ_r V_rᵀ S⁻¹ from the SVD of W S, C = S Sᵀ."""
-    S = torch.linalg.cholesky(rows.T @ rows) if root is None else root
-    return truncated(weight @ S, rank) @ torch.linalg.inv(S)
+def inputs(n: int, tokens: int = 60, seed: int = 1) -> Tensor:
+    """Correlated inputs, one token a row."""
+    return draw(seed, tokens, n) @ (torch.eye(n, dtype=torch.float64) + 0.4 * draw(seed + 1, n, n))
 
 
-def lost(weight: Tensor, product: Tensor, rows: Tensor) -> float:
-    return float((((weight - product) @ rows.T) ** 2).sum())
+def cut(W: Tensor, X: Tensor, rank: int) -> Tensor:
+    """The library's B A for a weight and inputs (tokens, n)."""
+    collector = MomentCollector(W.shape[1])
+    collector.add(X)
+    factors = SVDLLM()(LayerStatistics("layer", W, inputs=collector), rank, generator=torch.Generator().manual_seed(0))
+    assert factors.B.shape == (W.shape[0], rank)
+    assert factors.A.shape == (rank, W.shape[1])
+    return factors.B @ factors.A
 
 
-def test_1_output_error_is_the_discarded_spectrum_and_the_least() -> None:
-    found = truncation(W, X)
-    sigma = torch.linalg.svdvals(W @ torch.linalg.cholesky(X.T @ X))
-    error = lost(W, found, X)
-    assert abs(error / float((sigma[RANK:] ** 2).sum()) - 1) < 1e-8
-    assert relative(found, by_the_paper(W, X, RANK)) < 1e-9
-    assert lost(W, truncated(W, RANK), X) > error * 1.001
-    for seed in range(100):
-        noise = 10 ** (-3 + seed % 4) * normal(100 + seed, M, N)
-        assert lost(W, truncated(found + noise, RANK), X) >= error * (1 - 1e-12)
+def by_cholesky(W: Tensor, C: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B A of the paper, C = S Sᵀ, and all singular values of W S."""
+    S = torch.linalg.cholesky(C)
+    U, sigma, Vh = torch.linalg.svd(W @ S, full_matrices=False)
+    root = sigma[:rank].sqrt()
+    A = torch.linalg.solve_triangular(S.T, (root[:, None] * Vh[:rank]).T, upper=True).T
+    return (U[:, :rank] * root) @ A, sigma
 
 
-def test_1_every_root_of_the_gram_gives_the_same() -> None:
-    values, vectors = torch.linalg.eigh(X.T @ X)
-    eigen = vectors * values.sqrt()
-    turned = eigen @ orthonormal(3, N, N)
-    for root in (eigen, turned):
-        assert relative(truncation(W, X), by_the_paper(W, X, RANK, root)) < 1e-9
+def by_eigenvectors(W: Tensor, C: Tensor, rank: int) -> Tensor:
+    values, Q = torch.linalg.eigh(C)
+    F = Q * values.sqrt()
+    U, sigma, Vh = torch.linalg.svd(W @ F, full_matrices=False)
+    return (U[:, :rank] * sigma[:rank]) @ Vh[:rank] @ (Q / values.sqrt()).T
 
 
-def test_2_white_inputs_give_the_plain_svd() -> None:
-    white = orthonormal(4, TOKENS, N)
-    assert relative(truncation(W, white), truncated(W, RANK)) < 1e-12
+@pytest.mark.parametrize(("m", "n"), [(8, 6), (6, 8), (7, 7)])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_1_the_output_error_is_the_discarded_part_of_the_spectrum(m, n, rank):
+    W, X = draw(0, m, n), inputs(n)
+    found = cut(W, X, rank)
+    expected, sigma = by_cholesky(W, X.T @ X, rank)
+    error = ((W - found) @ X.T).square().sum().item()
+    assert error == pytest.approx(sigma[rank:].square().sum().item(), rel=1e-8)
+    assert (found - expected).norm() / expected.norm() < 3e-14
+    assert (by_eigenvectors(W, X.T @ X, rank) - expected).norm() / expected.norm() < 3e-14
+    assert (compensate(W, torch.zeros_like(W), X.T @ X, rank).dense() - found).norm() / found.norm() < 3e-14
+    U, values, Vh = torch.linalg.svd(W, full_matrices=False)
+    others = [(U[:, :rank] * values[:rank]) @ Vh[:rank]]
+    for seed in range(40):  # a random output factor with its best input factor, and neighbors of the solution
+        B = draw(seed, m, rank)
+        others += [B @ torch.linalg.pinv(B) @ W]
+        left = torch.linalg.svd(found).U[:, :rank] + 1e-2 * draw(seed, m, rank)
+        others.append(left @ torch.linalg.pinv(left) @ W)
+    for other in others:
+        assert ((W - other) @ X.T).square().sum().item() >= error * (1 - 1e-12)
 
 
-@pytest.mark.parametrize("rank", [2, 4, 6])
-def test_2_enough_rank_is_exact(rank: int) -> None:
-    weight = with_spectrum(5, M, N, [2.0, 1.0])
-    assert relative(truncation(weight, X, rank), weight) < 1e-10
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_2_white_inputs_give_the_truncated_svd(rank):
+    W = draw(0, 8, 5)
+    X = torch.linalg.qr(draw(3, 30, 5)).Q
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+    assert (cut(W, X, rank) - (U[:, :rank] * sigma[:rank]) @ Vh[:rank]).abs().max() < 1e-10
 
 
-def deep(seed: int) -> nn.Sequential:
-    return layer_model(normal(seed, 10, N), second=normal(seed + 1, 9, 10), third=normal(seed + 2, M, 9))
+@pytest.mark.parametrize("rank", [3, 4, 5])
+def test_2_a_sufficient_rank_is_exact(rank):
+    W = draw(0, 8, 3) @ draw(1, 3, 5)
+    assert (cut(W, inputs(5), rank) - W).abs().max() < 1e-10
 
 
-def batches(rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in rows.split(20)]
+def model_and_batches() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(3)
+    layers = [nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 9), nn.Tanh(), nn.Linear(9, 7)]
+    model = nn.Sequential(*layers).double()
+    X = inputs(8, tokens=60) / 5
+    return model, [(X[i : i + 20], torch.zeros(20, dtype=torch.long)) for i in range(0, 60, 20)]
 
 
-def test_3_second_fit_of_b_is_a_no_op_on_the_same_inputs() -> None:
-    models = [layer_model(W), layer_model(W)]
-    for model, update in zip(models, (False, True), strict=True):
-        rankwise.catalog.svd_llm(model, batches(X), keep=None, rank=RANK, update=update)
-    assert relative(models[1](X), models[0](X)) < 1e-6
+def layer_inputs(model: nn.Module, site: str, batches) -> Tensor:
+    """What a layer reads, one token a row."""
+    seen = []
+    hook = model.get_submodule(site).register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    hook.remove()
+    return torch.cat(seen)
 
 
-def test_3_second_fit_never_loses() -> None:
-    """Behind compressed layers: each layer's output error against the dense model, on the compressed model's own inputs."""
-    model = deep(10)
-    report = rankwise.catalog.svd_llm(model, batches(X), keep=None, rank=4, update=True)
-    assert set(report.updated) == {SITE, "second", "third"}
-    for before, after in report.updated.values():
+def test_algorithm_every_layer_is_cut_on_the_dense_models_inputs():
+    model, batches = model_and_batches()
+    dense = copy.deepcopy(model)
+    rw.catalog.svd_llm(model, batches, keep=None, rank=3)
+    for site in ("0", "2", "4"):
+        X = layer_inputs(dense, site, batches)
+        W = dense.get_submodule(site).weight.detach()
+        expected, _ = by_cholesky(W, X.T @ X, 3)
+        layer = model.get_submodule(site)
+        assert (layer.low_rank().dense() - expected).norm() / expected.norm() < 1e-9
+        x = draw(5, 4, W.shape[1])
+        assert (layer(x) - (x @ expected.T + dense.get_submodule(site).bias)).abs().max() < 1e-9
+
+
+def test_3_the_second_pass_never_increases_the_error_where_inputs_are_unchanged():
+    """The first layer's inputs do not change: the fit is already there. Further layers: least squares, never worse."""
+    model, batches = model_and_batches()
+    dense, truncated = copy.deepcopy(model), copy.deepcopy(model)
+    rw.catalog.svd_llm(truncated, batches, keep=None, rank=3)
+    report = rw.catalog.svd_llm(model, batches, keep=None, rank=3, update=True)
+    for name in "AB":
+        old, new = (m.get_submodule("0").get_submodule(name).weight for m in (truncated, model))
+        assert (old - new).abs().max() < 1e-6
+    for site in ("0", "2", "4"):
+        X, Y = layer_inputs(model, site, batches), layer_inputs(dense, site, batches)
+        layer, whole = model.get_submodule(site), dense.get_submodule(site)
+        Z = X @ layer.low_rank().A.T
+        target = Y @ whole.weight.detach().T  # the dense model's outputs, without their bias
+        after = (target - Z @ layer.low_rank().B.T).norm().item()
+        before = (target - X @ truncated.get_submodule(site).low_rank().dense().T).norm().item()
+        best = (target - Z @ torch.linalg.lstsq(Z, target).solution).norm().item()
         assert after <= before * (1 + 1e-9)
-    assert report.updated["third"][1] < report.updated["third"][0] * 0.999
+        assert after == pytest.approx(best, rel=1e-9)
+        assert report.updated[site] == (pytest.approx(before, rel=1e-8), pytest.approx(after, rel=1e-8))
+    assert report.updated["4"][1] < 0.999 * report.updated["4"][0]
 
 
-def test_3_second_fit_is_the_least_squares_answer() -> None:
-    """y ≈ B z with z = A x from the compressed model's inputs: the last B of a chain equals lstsq."""
-    dense, model = deep(20), deep(20)
-    rankwise.catalog.svd_llm(model, batches(X), keep=None, rank=4, update=True)
-    with torch.no_grad():
-        h = model[1](model[0](X))
-        last = model[2]
-        assert isinstance(last, Factorized)
-        pair = last.low_rank()
-        best = torch.linalg.lstsq(h @ pair.A.T, dense(X)).solution.T
-    assert relative(pair.B, best) < 1e-6
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8, 0.95])
+def test_4_no_more_numbers_than_asked_for(keep):
+    model, batches = model_and_batches()
+    dense = copy.deepcopy(model)
+    rw.catalog.svd_llm(model, batches, keep=keep)
+    for site in ("0", "2", "4"):
+        m, n = dense.get_submodule(site).weight.shape
+        layer = model.get_submodule(site)
+        numbers = layer.A.weight.numel() + layer.B.weight.numel()
+        assert numbers <= keep * m * n
+        assert numbers + m + n > keep * m * n  # and one rank more would be too many
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
-def test_4_no_more_numbers_than_kept(keep: float) -> None:
-    model = layer_model(normal(30, 12, 10), second=normal(31, 16, 12))
-    report = rankwise.catalog.svd_llm(model, batches(normal(32, TOKENS, 10)), keep=keep)
-    assert len(report.layers) == 2
-    for layer in report.layers:
-        assert layer.rank * (layer.m + layer.n) <= keep * layer.m * layer.n
-        assert (layer.rank + 1) * (layer.m + layer.n) > keep * layer.m * layer.n
-    assert sum(p.numel() for p in model.parameters()) == sum(layer.rank * (layer.m + layer.n) for layer in report.layers)
-    assert sum(p.numel() for p in model.parameters()) <= keep * (120 + 192)
+def test_5_the_size_of_the_inputs_does_not_matter():
+    W, X = draw(0, 7, 6), inputs(6)
+    for c in (1e-3, 7.0, 1e4):
+        assert (cut(W, c * X, 3) - cut(W, X, 3)).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("c", [1e-3, 7.0, 1e3])
-def test_5_scale_of_the_inputs_drops_out(c: float) -> None:
-    assert relative(truncation(W, c * X), truncation(W, X)) < 1e-10
-
-
-def test_6_rank_formula() -> None:
-    assert rank_for(4096, 4096, 0.8) == 1638
-    assert rank_for(11008, 4096, 0.8) == 2388
-
-
-def test_export_keeps_the_bias_and_the_reported_error() -> None:
-    model = nn.Sequential()
-    model.add_module(SITE, nn.Linear(N, M, dtype=torch.float64))
-    layer = model[0]
-    assert isinstance(layer, nn.Linear)
-    with torch.no_grad():
-        layer.weight.copy_(W)
-        layer.bias.copy_(normal(40, M))
-    bias = layer.bias.detach().clone()
-    statistics = rankwise.collect(model, batches(X), SVDLLM().needs)
-    report = compress_(model, SVDLLM(), rank=RANK, statistics=statistics)
-    assert relative(model(X), X @ by_the_paper(W, X, RANK).T + bias) < 1e-9
-    sigma = torch.linalg.svdvals(W @ torch.linalg.cholesky(X.T @ X))
-    assert report.layers[0].error == pytest.approx(float((sigma[RANK:] ** 2).sum() ** 0.5), rel=1e-8)
-    assert report.layers[0].predicted == pytest.approx(report.layers[0].error, rel=1e-8)
+@pytest.mark.parametrize(("m", "n", "keep", "rank"), [(4096, 4096, 0.8, 1638), (11008, 4096, 0.8, 2388)])
+def test_6_the_rank(m, n, keep, rank):
+    assert rank_for(m, n, keep) == rank == math.floor(keep * m * n / (m + n))

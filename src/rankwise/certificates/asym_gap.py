@@ -94,9 +94,9 @@ def calibrate(points: Sequence[tuple[int, int, float]]) -> Calibration:
     # The optimum has both free, or one of them at zero, or both.
     candidates = [
         both,
-        torch.tensor([single[0], 0.0]).double(),
-        torch.tensor([0.0, single[1]]).double(),
-        torch.zeros(2).double(),
+        torch.tensor([single[0], 0.0], dtype=X.dtype),
+        torch.tensor([0.0, single[1]], dtype=X.dtype),
+        torch.zeros(2, dtype=X.dtype),
     ]
     legal = [one for one in candidates if bool((one >= 0).all())]
     best = min(legal, key=lambda one: float((X @ one - y).norm()))

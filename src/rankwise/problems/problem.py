@@ -122,7 +122,8 @@ def factorizing(matrix: Matrix, *, rank: int | None = None, symmetric: bool | No
     """
     truth = dense(matrix).detach()
     m, n = truth.shape
-    can = m == n and torch.equal(truth, truth.mT) and _no_negative_eigenvalue(truth)
+    rounding = 8 * torch.finfo(truth.dtype).eps * float(truth.norm())  # a product X Xᵀ may miss symmetry by its last digits
+    can = m == n and torch.allclose(truth, truth.mT, rtol=0.0, atol=rounding) and _no_negative_eigenvalue(truth)
     if symmetric and not can:
         raise ArgumentError(f"this {m} × {n} matrix is not symmetric and positive semidefinite; use symmetric=False")
     known = int(torch.linalg.matrix_rank(truth)) if rank is None else rank
