@@ -118,7 +118,7 @@ def _cuts(found: Inspection) -> dict[str, Any]:
     trace = _heat("lost", [f"rank {cut}" for cut in found.cuts], [layer.site for layer in found.layers], rows, ".1%", True)
     return {
         "title": "What a smaller rank would lose",
-        "text": "Share of a layer's energy (squared singular values) that is lost when its update is cut to the rank above the column.",
+        "text": "Share of a layer's energy (squared singular values) lost when its update is cut to the rank of the column.",
         "data": [{**trace, "zmin": 0.0, "zmax": 1.0}],
         "layout": layout(
             120 + 17 * len(found.layers), xaxis=axis(showgrid=False, side="top"), top=48,
