@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise
+from rankwise.core.bindings import RESERVED
 from rankwise.core.errors import ActivationError, ArgumentError, MergeError
 from tests.contract.subjects import scatter
 
@@ -222,3 +223,15 @@ def test_modules_trained_whole_are_trained_saved_and_loaded(tmp_path) -> None:
     rankwise.load_(other, tmp_path)
     assert torch.equal(other(inputs()), net(inputs()))
     assert other[1].weight.requires_grad
+
+
+def test_names_that_would_hide_an_attribute_are_refused_before_anything_is_changed() -> None:
+    net = model()
+    handle = rankwise.adapt_(net, rankwise.catalog.lora(rank=2))
+    here = vars(next(iter(handle.adapters(site) for site in handle.targets)))
+    own = {name for name in here if not name.startswith("_") and name != "training"}
+    assert own == RESERVED
+    for name in [*own, "merge site", "forward", "keys", "operator", "import"]:
+        with pytest.raises(ArgumentError, match="cannot be an adapter's name"):
+            rankwise.adapt_(net, rankwise.catalog.lora(rank=2), name=name)
+    assert all(list(handle.adapters(site)) == ["default"] for site in handle.targets)

@@ -29,6 +29,9 @@ Selection = tuple[tuple[str, float], ...]
 TAKEN_NAMES = frozenset({"layout", "shape", "active", "rows", "stash", "merged", "checkpointed"})  # fields of `Adapters`
 
 
+RESERVED = frozenset({"layout", "shape", "active", "rows", "stash", "merged", "checkpointed"})  # attributes of `Adapters`
+
+
 class Adapters(nn.ModuleDict):
     """The child `<layer>.adapter`: the named parameterizations of one layer, and which of them act.
 

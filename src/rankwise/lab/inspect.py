@@ -94,7 +94,7 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, task: str |
     if base is None:
         updates, factors = updates_of(folder)
         note = "intruder dimensions and norms relative to the weights need the model: pass --base"
-        layers = [_layer(site, update, factors.get(site), None) for site, update in updates.items()]
+        layers = [_layer(site, update, factors.get(site), None) for site, update in sorted(updates.items(), key=_natural)]
         return Inspection(adapter=str(adapter), base=None, layers=tuple(layers), notes=(note,))
     model, origin = base_of([folder], base, task)
     handle = put_on(model, folder)
@@ -105,6 +105,11 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, task: str |
     ]
     whole = tuple(f"trained whole beside the adapter: {name} {tuple(p.shape)}" for name, p in handle.auxiliary.items())
     return Inspection(adapter=str(adapter), base=origin.model, layers=tuple(layers), notes=whole)
+
+
+def _natural(item: tuple[str, Operator]) -> list[tuple[int, int, str]]:
+    """Files keep sites in the order of the alphabet; this puts block 2 before block 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in item[0].split(".")]
 
 
 @torch.no_grad()

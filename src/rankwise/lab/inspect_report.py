@@ -30,25 +30,39 @@ MEASURES: tuple[Measure, ...] = (
 
 
 def show(found: Inspection, console: Console | None = None) -> None:
-    """Prints the table."""
+    """Prints the table; columns that the terminal is too narrow for are left out by name."""
     console = console or Console()
-    based = found.base is not None
-    table = Table(box=SIMPLE_HEAD, title=f"{escape(found.adapter)}" + (f" on {escape(str(found.base))}" if based else ""))
-    table.add_column("layer", overflow="fold")
-    heads = ["m × n", "rank", "norm", *(["of weight"] if based else []), "effective", "stable", "imbalance"]
-    heads += [*(["intruders"] if based else []), *(f"lost at {cut}" for cut in found.cuts)]
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for layer in found.layers:
-        cells = [f"{layer.m} × {layer.n}", str(layer.rank), f"{layer.norm:.3g}"]
-        cells += [_cell(layer.relative_norm, ".2%")] if based else []
-        cells += [f"{layer.effective_rank:.2f}", f"{layer.stable_rank:.2f}", _cell(layer.imbalance, ".3f")]
-        cells += [_cell(layer.intruders, "d")] if based else []
-        table.add_row(layer.site, *cells, *(_cell(layer.lost.get(cut), ".1%") for cut in found.cuts))
+    layers = found.layers
+    columns = {
+        "layer": [layer.site for layer in layers],
+        "m × n": [f"{layer.m} × {layer.n}" for layer in layers],
+        "rank": [str(layer.rank) for layer in layers],
+        "norm": [f"{layer.norm:.3g}" for layer in layers],
+        "of weight": [_cell(layer.relative_norm, ".2%") for layer in layers],
+        "effective": [f"{layer.effective_rank:.2f}" for layer in layers],
+        "stable": [f"{layer.stable_rank:.2f}" for layer in layers],
+        "imbalance": [_cell(layer.imbalance, ".3f") for layer in layers],
+        "intruders": [_cell(layer.intruders, "d") for layer in layers],
+        **{f"lost at {cut}": [_cell(layer.lost.get(cut), ".1%") for layer in layers] for cut in found.cuts},
+    }
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    widths = {head: 2 + max(map(len, [head, *cells])) for head, cells in columns.items()}
+    expendable = ["m × n", "imbalance", "effective", *(f"lost at {cut}" for cut in found.cuts[::-1]), "stable", "of weight"]
+    narrow = []
+    for head in expendable:
+        if sum(widths.values()) + 2 > console.width and widths.pop(head, None):
+            narrow.append(head)
+    table = Table(box=SIMPLE_HEAD, title=escape(found.adapter) + (f" on {escape(found.base)}" if found.base else ""))
+    for head in widths:
+        table.add_column(head, justify="left" if head == "layer" else "right", no_wrap=head != "layer", overflow="fold")
+    for cells in zip(*(columns[head] for head in widths), strict=True):
+        table.add_row(*cells)
     console.print(table)
     if found.cuts:
         told = ", ".join(f"{found.lost(cut):.1%} at rank {cut}" for cut in found.cuts)
         console.print(f"Cut to a smaller rank, the whole adapter would lose of its energy: {told}.")
+    if narrow:
+        console.print(f"Left out, since the terminal is narrow: {', '.join(narrow)}. The page has them.")
     for note in found.notes:
         console.print(escape(note))
 
@@ -104,7 +118,7 @@ def _cuts(found: Inspection) -> dict[str, Any]:
     trace = _heat("lost", [f"rank {cut}" for cut in found.cuts], [layer.site for layer in found.layers], rows, ".1%", True)
     return {
         "title": "What a smaller rank would lose",
-        "text": "Share of a layer's energy (squared singular values) that is lost when its update is cut to the rank below.",
+        "text": "Share of a layer's energy (squared singular values) lost when its update is cut to the rank of the column.",
         "data": [{**trace, "zmin": 0.0, "zmax": 1.0}],
         "layout": layout(
             120 + 17 * len(found.layers), xaxis=axis(showgrid=False, side="top"), top=48,
