@@ -12,11 +12,7 @@ from torch import Tensor, nn
 
 from rankwise.core import merge
 from rankwise.core.bank import Bank, Banks
-<<<<<<< HEAD
 from rankwise.core.bindings import TAKEN_NAMES, Adapters, activate_, adapted_layers, attach, detach
-=======
-from rankwise.core.bindings import RESERVED, Adapters, activate_, adapted_layers, attach, detach
->>>>>>> labdata
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import ArgumentError, RecipeError, TargetError, did_you_mean, shorten
 from rankwise.core.fingerprint import fingerprint_of
@@ -168,20 +164,12 @@ def steps_with(recipe: Recipe, overrides: Mapping[str, Any]) -> list[Step]:
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-<<<<<<< HEAD
     if name in TAKEN_NAMES or hasattr(Adapters, name):
         raise ArgumentError(
             f"{name!r} cannot be an adapter's name, since rankwise uses it itself; add a letter: {name + '_1'!r}"
         )
     if not name.isidentifier() or keyword.iskeyword(name):
         raise ArgumentError(f"{name!r} cannot be an adapter's name; use letters, digits and _ (it becomes part of keys)")
-=======
-    if not name.isidentifier() or keyword.iskeyword(name) or hasattr(Adapters, name) or name in RESERVED:
-        raise ArgumentError(
-            f"{name!r} cannot be an adapter's name: names are of letters, digits and _ (they become part of keys), and no "
-            "words that the library uses at the same place; choose another"
-        )
->>>>>>> labdata
     taken = sorted({other for _, _, adapters in adapted_layers(model) for other in adapters})
     if name in taken:
         raise ArgumentError(
