@@ -29,7 +29,6 @@ Selection = tuple[tuple[str, float], ...]
 TAKEN_NAMES = frozenset({"layout", "shape", "active", "rows", "stash", "merged", "checkpointed"})  # fields of `Adapters`
 
 
-RESERVED = frozenset({"layout", "shape", "active", "rows", "stash", "merged", "checkpointed"})  # attributes of `Adapters`
 
 
 class Adapters(nn.ModuleDict):
