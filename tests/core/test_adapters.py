@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise
-from rankwise.core.bindings import RESERVED
+from rankwise.core.bindings import TAKEN_NAMES
 from rankwise.core.errors import ActivationError, ArgumentError, MergeError
 from tests.contract.subjects import scatter
 
@@ -230,7 +230,7 @@ def test_names_that_would_hide_an_attribute_are_refused_before_anything_is_chang
     handle = rankwise.adapt_(net, rankwise.catalog.lora(rank=2))
     here = vars(next(iter(handle.adapters(site) for site in handle.targets)))
     own = {name for name in here if not name.startswith("_") and name != "training"}
-    assert own == RESERVED
+    assert own == TAKEN_NAMES
     for name in [*own, "merge site", "forward", "keys", "operator", "import"]:
         with pytest.raises(ArgumentError, match="cannot be an adapter's name"):
             rankwise.adapt_(net, rankwise.catalog.lora(rank=2), name=name)

@@ -29,8 +29,6 @@ Selection = tuple[tuple[str, float], ...]
 TAKEN_NAMES = frozenset({"layout", "shape", "active", "rows", "stash", "merged", "checkpointed"})  # fields of `Adapters`
 
 
-
-
 class Adapters(nn.ModuleDict):
     """The child `<layer>.adapter`: the named parameterizations of one layer, and which of them act.
 
