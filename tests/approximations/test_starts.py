@@ -171,8 +171,6 @@ def test_a_dead_layer_falls_back_with_a_warning(name):
 
 
 def test_lora_sb_defaults_to_the_small_core():
-    if "lora_xs" not in rankwise.catalog.names():
-        pytest.skip("lora_xs is not in this catalog yet")
     _net, _before, statistics, handle = adapted(make("lora_sb", learning_rate=0.01))
     for site in handle.targets:
         U, S, Vh = torch.linalg.svd(-0.01 * statistics[site].gradient.sign(), full_matrices=False)
