@@ -8,7 +8,8 @@ from torch import nn
 import rankwise
 from rankwise.approximations.budget import ExplainedVariance, redistribute
 from rankwise.core.errors import ArgumentError, StatisticsError
-from rankwise.core.recipe import Piece, Recipe
+from rankwise.core.piece import Piece
+from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import LayerStatistics, MomentCollector, Statistic
 
 EVERY = {"pissa": {}, "lora_one": {}, "nystrom_nora": {}, "eva": {}, "lora_sb": {"learning_rate": 0.01}}

@@ -23,7 +23,7 @@ from rankwise.core.bindings import adapted_layers
 from rankwise.core.errors import MergeError
 from rankwise.core.handle import trained_tensors
 from rankwise.core.queries import as_low_rank, column_norms, frobenius, rank_bound, row_norms, svd
-from tests.contract.subjects import LayerKind, Subject, inputs_of, model_of, scatter
+from tests.contract.subjects import LayerKind, Subject, inputs_of, model_of, scatter, statistics_of
 
 TOLERANCE = 1e-10  # float64, sums of at most a few hundred products of size one
 Check = Callable[[Subject, LayerKind], None]
@@ -38,7 +38,8 @@ def close(actual: Tensor, expected: Tensor, promise: str, tolerance: float = TOL
 
 def adapted(subject: Subject, kind: LayerKind, *, generic: bool = True, **options) -> tuple[nn.Module, rankwise.Handle]:
     model = model_of(kind)
-    handle = rankwise.adapt_(model, subject.recipe, where=["layer"], **options)
+    known = statistics_of(model, subject, inputs_of(kind, 7))
+    handle = rankwise.adapt_(model, subject.recipe, where=["layer"], statistics=known, **options)
     if generic:
         scatter(handle)
     return model, handle
@@ -162,16 +163,20 @@ def check_merge_equals_forward(subject: Subject, kind: LayerKind) -> None:
     model, handle = adapted(subject, kind)
     before = model.layer.weight.detach().clone()
     expected = model(x)
+    bias = getattr(model.layer, "bias", None)
+    bias = None if bias is None else bias.detach().clone()
     handle.merge_()
     close(model(x), expected, "merged equals adapted")
     with pytest.raises(MergeError, match="merged already"):
         handle.merge_()
     handle.unmerge_()
     assert torch.equal(model.layer.weight, before), "unmerge restores the base to the bit"
+    assert bias is None or torch.equal(model.layer.bias, bias), "unmerge restores the bias to the bit"
     close(model(x), expected, "unmerged equals adapted")
     handle.merge_()
     handle.detach_()
     assert torch.equal(model.layer.weight, before), "detach restores the base to the bit"
+    assert bias is None or torch.equal(model.layer.bias, bias), "detach restores the bias to the bit"
     close(model(x), model_of(kind)(x), "detached equals the base")
 
 
@@ -219,7 +224,8 @@ def check_half_precision_base(subject: Subject, kind: LayerKind) -> None:
     exact, _ = adapted(subject, kind)
     expected = exact(x)
     model = model_of(kind).to(torch.bfloat16)
-    handle = rankwise.adapt_(model, subject.recipe, where=["layer"])
+    known = statistics_of(model_of(kind), subject, x)
+    handle = rankwise.adapt_(model, subject.recipe, where=["layer"], statistics=known)
     scatter(handle)
     for block in handle.blocks().values():
         for role, tensor in block.items():
@@ -267,17 +273,20 @@ def check_global_generators_untouched(subject: Subject, kind: LayerKind) -> None
 def check_shared_tensors_once(subject: Subject, kind: LayerKind) -> None:
     """On a model of two layers, whatever the method shares is one tensor, met once by parameters and state dict."""
     model = nn.Sequential(model_of(kind), model_of(kind))
+    if subject.recipe.needs:  # methods that read data share nothing
+        return
     handle = rankwise.adapt_(model, subject.recipe, where=["layer"])
     if handle.bank is None:
         return
     held = [buffer for _, buffer in model.named_buffers()] + list(model.parameters())
-    for name, tensor in handle.bank.named_buffers():
+    for name, tensor in [*handle.bank.named_buffers(), *handle.bank.named_parameters()]:
         same = [other for other in held if other.data_ptr() == tensor.data_ptr() or other.shape == tensor.shape]
         assert sum(other is tensor for other in same) == 1, f"a shared tensor is registered once: {name}"
     for _, _, adapters in adapted_layers(model):
         for entry in adapters.values():
-            for name, _ in entry.named_buffers():
-                assert "carried" in name, f"a shared tensor is copied per layer: {name}"
+            for name, own in entry.named_buffers():
+                copies = [other for _, other in handle.bank.named_buffers() if other.shape == own.shape and other.equal(own)]
+                assert not copies, f"a shared tensor is copied per layer: {name}"
 
 
 def check_scale_is_applied(subject: Subject, kind: LayerKind) -> None:
@@ -286,6 +295,9 @@ def check_scale_is_applied(subject: Subject, kind: LayerKind) -> None:
     model, handle = adapted(subject, kind)
     layout = handle.targets["layer"].layout
     expected = layout.matrix(x, handle.update_of("layer").dense())
+    bias = getattr(model.layer, "bias", None)
+    if bias is not None:
+        expected = layout.add_bias(expected, handle.parameterization("layer").adapted_bias(bias) - bias)
     close(model(x) - model_of(kind)(x), expected, "the update that acts is the one reported")
 
 

@@ -93,34 +93,30 @@ class Subject:
         return self.recipe.parameterization.factory.facts
 
 
-# Variants that are not catalog entries of their own.
-VARIANTS = {
-    "dora(inner=vera)": "dora(inner=vera(rank=2))",
-    "dora(inner=lora_xs)": "dora(inner=lora_xs(rank=2))",
-    "dora(detach_norm=False)": "dora(rank=2, detach_norm=False)",
-    "bone(mini)": "bone(mode='mini', rank=4, width=4)",
-    "bone(bat row)": "bone(mode='bat', rank=4, axis='row')",
-    "bone(bat col)": "bone(mode='bat', rank=4, axis='col')",
-    "gated_lora(sora)": "gated_lora(rank=2, form='sora')",
-    "lora(orthonormal)": "lora(rank=2, input_start='orthonormal')",
-}
-
-
 def subjects() -> list[Subject]:
-    """Every parameterization of the catalog with its tiny arguments, and the variants."""
+    """Every parameterization of the catalog with its tiny arguments, and its variants."""
     found = []
     for slug in rankwise.catalog.names("parameterization"):
         kept = rankwise.catalog.entry(slug)
         found.append(Subject(slug, kept.make(**kept.tiny)))
-    known = {subject.name for subject in found}
-    found += [Subject(name, rankwise.compose(text)) for name, text in VARIANTS.items() if text.split("(")[0] in known]
+        found += [Subject(text.replace("'", ""), rankwise.compose(text)) for text in kept.variants]
     return found
+
+
+def statistics_of(model: nn.Module, subject: Subject, x: Tensor) -> dict | None:
+    """What the subject's recipe needs to know of the data, from one batch."""
+    if not subject.recipe.needs:
+        return None
+
+    def loss(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        return model(batch[0]).square().sum()
+
+    return rankwise.collect(model, [(x,)], subject.recipe.needs, where=["layer"], loss=loss)
 
 
 def fits(subject: Subject, kind: LayerKind) -> bool:
     """Whether the subject says it works on this kind of layer."""
-    model = model_of(kind)
-    return kind.kind in subject.facts.layouts and not rankwise.problems(model, subject.recipe, where=["layer"])
+    return kind.kind in subject.facts.layouts and not rankwise.problems(model_of(kind), subject.recipe, where=["layer"])
 
 
 def scatter(handle: rankwise.Handle, seed: int = 2) -> None:

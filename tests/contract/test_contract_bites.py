@@ -15,8 +15,9 @@ from rankwise.core.bank import Bank
 from rankwise.core.combinators import RowScale, Sum
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Facts, Parameterization, Site
+from rankwise.core.piece import Piece, register
 from rankwise.core.queries import row_norms
-from rankwise.core.recipe import Piece, Recipe, register
+from rankwise.core.recipe import Recipe
 from tests.contract import checks
 from tests.contract.subjects import LINEAR, LayerKind, Subject
 

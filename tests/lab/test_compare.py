@@ -11,8 +11,9 @@ import torch
 
 import rankwise
 from rankwise.core.errors import ArgumentError, RecipeError, TrainingError
+from rankwise.core.piece import Piece, register
 from rankwise.core.protocols import Perturbation
-from rankwise.core.recipe import Piece, Recipe, register
+from rankwise.core.recipe import Recipe
 from rankwise.lab import result
 from rankwise.lab.compare import run_compare
 from rankwise.lab.training import Starts, rate_at, train, with_horizon

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import rankwise
 from rankwise.core.errors import ArgumentError, RecipeError
 from rankwise.core.handle import trained_tensors
-from rankwise.core.recipe import SHELVES, Recipe
+from rankwise.core.piece import SHELVES
+from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import Statistic
 
 # argument -> (what else is needed for it to matter, another value), for one method or for all that have it

@@ -107,7 +107,7 @@ class Only(importlib.abc.MetaPathFinder):
 sys.meta_path[:] = [Only(finder) for finder in sys.meta_path]
 import torch
 import rankwise
-from rankwise.core.recipe import SHELVES
+from rankwise.core.piece import SHELVES
 blocked = [name for name in ("transformers", "peft", "optuna", "datasets", "pyarrow") if name in sys.modules]
 assert not blocked, blocked
 x, y = torch.randn(6, 8), torch.arange(6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankwise.core.errors import ArgumentError
-from rankwise.core.recipe import piece
+from rankwise.core.piece import piece
 from rankwise.core.step import BlockOptimizer
 from rankwise.steps.galore import galore
 from rankwise.steps.moments import adamw, sgd

@@ -6,7 +6,8 @@ from torch import nn
 
 import rankwise
 from rankwise.core.errors import ArgumentError, RecipeError
-from rankwise.core.recipe import Recipe, piece
+from rankwise.core.piece import piece
+from rankwise.core.recipe import Recipe
 from rankwise.core.step import BlockOptimizer, chain
 from rankwise.parameterizations.lora import LoRA
 from rankwise.steps.moments import adamw, sgd

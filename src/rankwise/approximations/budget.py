@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rankwise.approximations.eva import principal_directions
 from rankwise.core.errors import ArgumentError, shorten
-from rankwise.core.recipe import Piece, Recipe
+from rankwise.core.piece import Piece
+from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import LayerStatistics
 
 

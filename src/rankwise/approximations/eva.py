@@ -24,7 +24,7 @@ from rankwise.approximations.truncated_svd import check_rank, column_signs
 from rankwise.core.errors import StatisticsError
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import INPUT
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 from rankwise.core.statistics import LayerStatistics, Statistic
 
 

@@ -21,7 +21,7 @@ import torch
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import INPUT
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 from rankwise.core.statistics import LayerStatistics, Statistic
 
 

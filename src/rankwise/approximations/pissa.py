@@ -25,7 +25,7 @@ from rankwise.approximations.truncated_svd import truncated_svd
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 from rankwise.core.statistics import LayerStatistics, Statistic
 
 MODES = ("offset", "absorb")

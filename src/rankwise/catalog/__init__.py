@@ -1,7 +1,7 @@
 """The table of contents of the field: one short function per published name.
 
 catalog.lora(rank=8)          a recipe (parameterizations, starts, steps, perturbations, schedules, procedures)
-catalog.iteris                a ready callable (mergers, compressors, certificates, serving, problems)
+catalog.iteris                a ready callable (networks, mergers, compressors, certificates, serving, problems)
 catalog.names("start")        the slugs of a shelf, or all of them
 catalog.entry("lora")         shelf, formula, reference, facts
 """
@@ -17,11 +17,19 @@ from rankwise.core.errors import ArgumentError
 
 MODULES = (
     "parameterizations",
+    "spectral",
+    "shared",
+    "rotations",
+    "high_rank",
+    "sparse",
+    "tensors",
     "starts",
+    "data_starts",
     "steps",
     "perturbations",
     "schedules",
     "procedures",
+    "networks",
     "merging",
     "compression",
     "certificates",

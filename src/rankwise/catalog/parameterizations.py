@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from rankwise.catalog.building import OWN, adapter
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.errors import ArgumentError
-from rankwise.core.recipe import Piece, Recipe, piece
+from rankwise.core.piece import Piece, piece
+from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.block_affine import BlockAffine
 from rankwise.parameterizations.full import Full
 from rankwise.parameterizations.gated import GatedLoRA
@@ -14,14 +16,6 @@ from rankwise.parameterizations.shard_share import ShardShare
 from rankwise.parameterizations.shared_bank import SharedBank
 from rankwise.parameterizations.small_core import SmallCore
 from rankwise.parameterizations.tucker import TuckerCore
-from rankwise.steps.moments import adamw
-
-OWN = frozenset({"parameterization"})
-
-
-def adapter(parameterization: Piece, *, name: str) -> Recipe:
-    """A recipe that decides the parameterization and leaves the rest at its defaults (AdamW, no start)."""
-    return Recipe(name=name, parameterization=parameterization, step=(piece(adamw),), own=OWN)
 
 
 @entry(
@@ -35,6 +29,9 @@ def adapter(parameterization: Piece, *, name: str) -> Recipe:
     exports="exact at rank r",
     when="The one to try first; tune its learning rate before trying anything else.",
     tiny={"rank": 2},
+    numbers="rank*(m+n)",
+    flops="2*T*rank*(m+n)",
+    variants=("lora(rank=2, input_start='orthonormal')",),
 )
 def lora(
     *, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, input_start: str = "kaiming", scale: str = "lora"
@@ -54,6 +51,8 @@ def lora(
     exports="exact at rank r, scale folded in",
     when="When the rank is large (64 and up), where LoRA's α/r slows learning down.",
     tiny={"rank": 2},
+    numbers="rank*(m+n)",
+    flops="2*T*rank*(m+n)",
 )
 def rslora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Recipe:
     """LoRA with the scale α/√r, under which learning does not slow down as the rank grows."""
@@ -71,6 +70,8 @@ def rslora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Recip
     exports="exact at rank r",
     when="When activation memory is short: twice the rank of LoRA for the same trained numbers.",
     tiny={"rank": 2},
+    numbers="rank*m",
+    flops="2*T*rank*(m+n)",
 )
 def lora_fa(
     *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, input_start: str = "orthonormal", train: str = "B"
@@ -98,6 +99,13 @@ def lora_fa(
     exports="not of low rank: the rows are scaled; the best rank-r substitute with its error",
     when="When LoRA at the same rank falls short of full fine-tuning; often matches it at half the rank.",
     tiny={"rank": 2},
+    numbers="rank*(m+n)+m",
+    flops="2*T*rank*(m+n) + 2*m*n*rank + 2*rank*rank*(m+n)",
+    variants=(
+        "dora(inner=vera(rank=2))",
+        "dora(inner=lora_xs(rank=2))",
+        "dora(rank=2, detach_norm=False)",
+    ),
 )
 def dora(
     *,
@@ -144,6 +152,8 @@ def dora(
     exports="exact at rank r",
     when="When very many adapters must be stored; it needs about ten times LoRA's learning rate.",
     tiny={"rank": 4},
+    numbers="m+rank",
+    flops="2*T*rank*(m+n)",
 )
 def vera(
     *,
@@ -182,6 +192,8 @@ def vera(
     exports="exact at rank r",
     when="When only a few thousand numbers may be trained; use a large rank, since it costs r².",
     tiny={"rank": 2},
+    numbers="rank**2",
+    flops="2*T*rank*(m+n) + 2*T*rank**2",
 )
 def lora_xs(
     *,
@@ -220,6 +232,8 @@ def lora_xs(
     exports="exact at rank r",
     when="For convolutions, where it keeps the kernel's shape with far fewer numbers than LoRA.",
     tiny={"rank": 3},
+    numbers="rank**2 + rank*(m+n)",
+    flops="2*T*rank*(m+n) + 2*T*rank**2",
 )
 def flora_core(*, rank: int = 8, kernel_rank: int = 2, scale: float = 1.0, dropout: float = 0.0) -> Recipe:
     """A Tucker update with a small core and one factor per mode of the weight, kernels included."""
@@ -242,6 +256,13 @@ def flora_core(*, rank: int = 8, kernel_rank: int = 2, scale: float = 1.0, dropo
     exports="exact at rank r (miss, mini); bat is not of low rank",
     when="miss: half of LoRA's FLOPs at the same rank, with full fine-tuning's learning rate; bat when quality matters more.",
     tiny={"rank": 3},
+    numbers="rank*m",
+    flops="2*T*rank*m",
+    variants=(
+        "bone(mode='mini', rank=4, width=4)",
+        "bone(mode='bat', rank=4, axis='row')",
+        "bone(mode='bat', rank=4, axis='col')",
+    ),
 )
 def bone(*, rank: int = 64, mode: str = "miss", axis: str = "row", width: int | None = None, dropout: float = 0.0) -> Recipe:
     """One small matrix shared over blocks of the weight, added to them (miss, mini) or applied through them (bat)."""
@@ -275,6 +296,9 @@ def bone(*, rank: int = 64, mode: str = "miss", axis: str = "row", width: int | 
     exports="exact at rank r",
     when="Under a schedule that closes ranks (adalora, sora); alone it is LoRA with one number more per rank.",
     tiny={"rank": 2},
+    numbers="rank*(m+n+1)",
+    flops="2*T*rank*(m+n)",
+    variants=("gated_lora(rank=2, form='sora')",),
 )
 def gated_lora(*, rank: int = 8, alpha: float | None = None, form: str = "svd", dropout: float = 0.0) -> Recipe:
     """LoRA with a gate on every rank, started as in AdaLoRA ("svd") or SoRA ("sora")."""
@@ -291,6 +315,8 @@ def gated_lora(*, rank: int = 8, alpha: float | None = None, form: str = "svd", 
     merges="exact",
     exports="not of low rank; the best rank-r substitute with its error",
     when="As the upper bar, or under gradient projection (full + galore) when memory for W is there.",
+    numbers="m*n",
+    flops="0",
 )
 def full() -> Recipe:
     """Trains a copy of every targeted weight; what gradient projection works on."""

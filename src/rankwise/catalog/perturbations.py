@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rankwise.catalog.parameterizations import lora
 from rankwise.core.catalog import Reference, entry
-from rankwise.core.recipe import Piece, Recipe, piece
+from rankwise.core.piece import Piece, piece
+from rankwise.core.recipe import Recipe
 from rankwise.perturbations.balance import Balance
 from rankwise.perturbations.sharpness import SharpnessAware
 
@@ -30,6 +31,7 @@ def perturbing(perturbation: Piece, *, name: str) -> Recipe:
     ),
     cost="a second forward and backward, one copy of the trained tensors",
     when="For few-shot and noisy data, where flat minima pay and twice the time is there; bar is the cheap relative.",
+    tiny={"rho": 0.01},
 )
 def sam(*, rho: float = 0.05, adaptive: bool = False) -> Recipe:
     """Steps with the gradient at the worst point of a small ball around the weights."""
@@ -48,6 +50,7 @@ def sam(*, rho: float = 0.05, adaptive: bool = False) -> Recipe:
     ),
     cost="two norms and two rescalings per layer, O(r(m + n))",
     when="In place of SAM on LoRA: most of its gain for a few percent of time.",
+    variants=("bar(kind='obar')",),
 )
 def bar(*, kind: str = "nbar", strength: float = 0.5, decay_steps: int | None = None, decay: str = "linear") -> Recipe:
     """Balances the norms of B and A as SAM would, without a second pass."""

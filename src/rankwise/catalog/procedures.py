@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rankwise.core.catalog import Reference, entry
-from rankwise.core.recipe import Recipe, piece
+from rankwise.core.piece import piece
+from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.lora import LoRA
 from rankwise.procedures.relora import ReLoRA
 from rankwise.steps.moments import adamw

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.errors import ArgumentError
-from rankwise.core.recipe import Piece, Recipe, piece
+from rankwise.core.piece import Piece, piece
+from rankwise.core.recipe import Recipe
 from rankwise.schedules.adalora import AdaLoRA
 from rankwise.schedules.sora import SoRA
 from rankwise.steps.moments import adamw
@@ -29,7 +30,7 @@ def scheduling(schedule: Piece, parameterization: Piece, *, name: str) -> Recipe
     merges="exact",
     exports="exact at the rank that is left",
     when="When layers differ much in what they need and the run is long enough to find out (thousands of steps).",
-    tiny={"rank": 3, "target_rank": 2, "total_steps": 8, "warmup_steps": 1, "final_steps": 2},
+    tiny={"rank": 3, "target_rank": 1, "total_steps": 6, "warmup_steps": 1, "final_steps": 2},
 )
 def adalora(
     *,

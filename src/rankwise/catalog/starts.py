@@ -7,22 +7,12 @@ from rankwise.approximations.lora_one import LoRAOne
 from rankwise.approximations.lora_sb import LoRASB
 from rankwise.approximations.nystrom_nora import NystromNoRA
 from rankwise.approximations.pissa import PiSSA
+from rankwise.catalog.building import starting
 from rankwise.catalog.parameterizations import lora, rslora
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.compose import make
-from rankwise.core.recipe import Piece, Recipe, piece
-from rankwise.steps.moments import adamw
-
-
-def starting(start: Piece, parameterization: Recipe, *, name: str) -> Recipe:
-    """A recipe that decides the start; the parameterization is a default that a composition may replace."""
-    return Recipe(
-        name=name,
-        parameterization=parameterization.parameterization,
-        start=start,
-        step=(piece(adamw),),
-        own=frozenset({"start"}),
-    )
+from rankwise.core.piece import piece
+from rankwise.core.recipe import Recipe
 
 
 @entry(
@@ -41,6 +31,7 @@ def starting(start: Piece, parameterization: Recipe, *, name: str) -> Recipe:
     exports="exact at rank 2r against the untouched base",
     when="When LoRA starts too slowly and the data matter enough to let the principal part of the weight move.",
     tiny={"rank": 2},
+    variants=("pissa(rank=2, mode='absorb')",),
 )
 def pissa(*, rank: int = 8, mode: str = "offset", iterations: int | None = None) -> Recipe:
     """Trains the best rank-r part of the weight itself and freezes the rest."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rankwise.catalog.parameterizations import full, lora
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.errors import ArgumentError
-from rankwise.core.recipe import Piece, Recipe, piece
+from rankwise.core.piece import Piece, piece
+from rankwise.core.recipe import Recipe
 from rankwise.core.step import MOMENTS
 from rankwise.steps import galore as projections
 from rankwise.steps import moments, ratio

@@ -28,7 +28,8 @@ from rankwise.core.adapt import adapt_
 from rankwise.core.errors import TargetError, shorten
 from rankwise.core.handle import Handle
 from rankwise.core.operators import LowRank
-from rankwise.core.recipe import Recipe, piece
+from rankwise.core.piece import piece
+from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import Statistic, collect_at
 from rankwise.core.targets import Where, find_targets
 from rankwise.parameterizations.lora import LoRA

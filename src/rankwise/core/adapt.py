@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import keyword
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,18 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core import merge
-from rankwise.core.bank import Bank, Banks
+from rankwise.core.bank import Bank, attach_bank, detach_bank
 from rankwise.core.bindings import TAKEN_NAMES, Adapters, activate_, adapted_layers, attach, detach
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import ArgumentError, RecipeError, TargetError, did_you_mean, shorten
 from rankwise.core.fingerprint import fingerprint_of
-from rankwise.core.handle import BANKS, Handle, bank_of, freeze, thaw
+from rankwise.core.freezing import freeze, thaw
+from rankwise.core.handle import Handle
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT, Parameterization, Site
+from rankwise.core.piece import Piece
 from rankwise.core.protocols import Approximation
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
-from rankwise.core.recipe import Piece, Recipe
+from rankwise.core.recipe import Recipe
 from rankwise.core.sites import site_of
 from rankwise.core.statistics import LayerStatistics, Statistic, collect_at, default_loss
 from rankwise.core.step import Step
@@ -60,6 +63,22 @@ def adapt_(
         RecipeError: the recipe is illegal here; holds every reason.
         ArgumentError: the adapter's name is taken or not usable.
     """
+    return build_(model, recipe, where, statistics, name, seed, train_also=train_also, binding=binding)
+
+
+def build_(
+    model: nn.Module,
+    recipe: Recipe,
+    where: Where,
+    statistics: Statistics | None,
+    name: str,
+    seed: int,
+    *,
+    train_also: Sequence[str],
+    binding: str,
+    stored: Mapping[str, Any] | None = None,
+) -> Handle:
+    """`adapt_`, and with `stored`, the description in a checkpoint, an adapter whose tensors will be filled from the file."""
     _check_name(model, name)
     if binding not in ("path", "weight"):
         raise ArgumentError(f"binding is 'path' or 'weight', not {binding!r}")
@@ -68,7 +87,8 @@ def adapt_(
     _check_readers(model, targets, binding)
     masks = MaskStream(seed)
     sites = {site: site_of(target, seed, masks) for site, target in targets.items()}
-    collected = set(Statistic) if statistics is None and not recipe.needs else _collected(statistics, sites)
+    filled = stored is not None or (statistics is None and not recipe.needs)
+    collected = set(Statistic) if filled else _collected(statistics, sites)
     problems = recipe.problems(list(sites.values()), collected)
     if problems:
         raise RecipeError(recipe.name, problems)
@@ -76,17 +96,23 @@ def adapt_(
     freeze(model, auxiliary)
     done: list[Target] = []
     try:
-        _attach_bank(model, recipe, sites, name, seed)
-        bank = bank_of(model, name)
+        bank = _shared(recipe, list(sites.values()), stored)
+        if bank is not None:
+            attach_bank(model, name, bank)
         for site, target in targets.items():
-            entry = _build(recipe, site, sites[site], bank)
+            known = None if statistics is None else statistics[site]
+            here = dataclasses.replace(sites[site], bank=bank, statistics=known, blank=stored is not None)
+            method: Any = recipe.method
+            entry: Parameterization = method(here, **recipe.arguments_at(site))
             attach(target, name, entry, binding=binding)
             done.append(target)
-            _start(recipe, target, name, sites[site], None if statistics is None else statistics[site])
+            if stored is None:
+                _start(recipe, target, name, here)
     except BaseException:
         for target in done:
             merge.restore_site(target)
             detach(target, name)
+        detach_bank(model, name)
         thaw(model)
         raise
     activate_(model, name)
@@ -215,31 +241,22 @@ def _collected(statistics: Statistics | None, sites: Mapping[str, Site]) -> set[
     return {statistic for statistic, value in held.items() if value is not None} | {Statistic.WEIGHT}
 
 
-def _attach_bank(model: nn.Module, recipe: Recipe, sites: Mapping[str, Site], name: str, seed: int) -> None:
-    method: type[Parameterization] = recipe.parameterization.factory  # type: ignore[assignment]
-    bank = method.shared(list(sites.values()), **recipe.parameterization.arguments)
-    if bank is None:
-        return
-    if BANKS not in model._modules:
-        model.add_module(BANKS, Banks())
-    model._modules[BANKS][name] = bank  # type: ignore[index]
+def _shared(recipe: Recipe, sites: Sequence[Site], stored: Mapping[str, Any] | None) -> Bank | None:
+    """The tensors that sites share; those of a file are read from it, unless they are to be drawn from its seed."""
+    described = None if stored is None else stored.get("bank")
+    if described is not None and described.get("seed") is None:
+        return Bank.blank(described, sites[0].zeros(1))
+    return recipe.method.shared(sites, **recipe.parameterization.arguments)
 
 
-def _build(recipe: Recipe, name: str, site: Site, bank: Bank | None) -> Parameterization:
-    method: Any = recipe.parameterization.factory
-    if bank is not None:
-        site = Site(**{**site.__dict__, "bank": bank})
-    return method(site, **recipe.arguments_at(name))
-
-
-def _start(recipe: Recipe, target: Target, name: str, site: Site, statistics: LayerStatistics | None) -> None:
+def _start(recipe: Recipe, target: Target, name: str, site: Site) -> None:
     """Puts the start in, and sees to it that the first forward equals the base unless the method says otherwise."""
     if recipe.start is None:
         return
     start: Approximation = recipe.start.build()
     adapters: Any = target.module._modules["adapter"]
     entry: Parameterization = adapters[name]
-    known = statistics if statistics is not None else LayerStatistics(site.name, site.weight())
+    known = site.statistics or LayerStatistics(site.name, site.weight())
     factors = start(known, entry.rank, generator=site.generator("approximation"), scale=entry.scale)
     with torch.no_grad():
         entry.load_factors(LowRank(site.cast(factors.B), site.cast(factors.A)))

@@ -1,7 +1,8 @@
-"""Tensors shared by all sites of an adapter (VeRA, NOLA, Tied-LoRA, LoTR, EigenLoRAx): one module at the model's root.
+"""Tensors shared by sites of an adapter (VeRA, RandLoRA, Tied-LoRA, LoTR, VB-LoRA): one module at the model's root.
 
 Sites hold a reference that is not registered as a child, so the state dict, optimizers, DDP and FSDP2 meet each tensor once.
-A seeded bank is drawn by a private CPU generator and saved as (seed, sizes, hash), not as tensors.
+A seeded bank is drawn by a private CPU generator and saved as (seed, sizes, hash), not as tensors. Where only some sites share
+(layers of equal shape), the bank has one child bank per group.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from rankwise.core.errors import CheckpointError
 from rankwise.core.randomness import generator_for
+
+BANKS = "rankwise_banks"  # the child of the model's root that holds shared tensors
 
 
 class Bank(nn.Module):
@@ -41,13 +44,47 @@ class Bank(nn.Module):
         generator = generator_for(seed, "bank")
         return cls({name: draw(name, *size, generator=generator) for name, size in sizes.items()}, seed=seed)
 
+    @classmethod
+    def grouped(cls, groups: Mapping[str, Mapping[str, Tensor]]) -> Bank:
+        """A bank of banks, one per group of sites: `bank.group(name)["A"]`. Group names are identifiers."""
+        bank = cls({})
+        for name, tensors in groups.items():
+            bank.add_module(name, cls(tensors))
+        return bank
+
+    @classmethod
+    def blank(cls, described: Mapping[str, Any], like: Tensor) -> Bank:
+        """A bank of zeros as `describe` wrote it, to be filled from a file; `like` gives dtype and device."""
+        bank, trained = cls({}), set(described.get("trained", ()))
+        for key, size in dict(described["sizes"]).items():
+            *groups, name = key.split(".")
+            owner = bank
+            for group in groups:
+                if group not in owner._modules:
+                    owner.add_module(group, cls({}))
+                owner = owner.group(group)
+            tensor = torch.zeros(*size, dtype=like.dtype, device=like.device)
+            if key in trained:
+                owner.register_parameter(name, nn.Parameter(tensor))
+            else:
+                owner.register_buffer(name, tensor)
+        return bank
+
     def __getitem__(self, name: str) -> Tensor:
         return getattr(self, name)
+
+    def group(self, name: str) -> Bank:
+        """The bank of one group."""
+        found = self._modules[name]
+        assert isinstance(found, Bank)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint writes: sizes and hash, and the seed where there is one."""
         named = [*self.named_buffers(), *self.named_parameters()]
-        return {"seed": self.seed, "sizes": {name: list(tensor.shape) for name, tensor in named}, "digest": self.digest}
+        sizes = {name: list(tensor.shape) for name, tensor in named}
+        trained = [name for name, _ in self.named_parameters()]
+        return {"seed": self.seed, "sizes": sizes, "trained": trained, "digest": self.digest}
 
     def check(self, described: Mapping[str, Any]) -> None:
         """Compares this bank with what a checkpoint wrote.
@@ -84,3 +121,26 @@ def to_bytes(tensor: Tensor) -> bytes:
     """The values rounded to bfloat16, as bytes."""
     plain = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     return plain.view(torch.int16).numpy().tobytes()
+
+
+def bank_of(model: nn.Module, name: str) -> Bank | None:
+    """The shared tensors of the named adapter on a model, or None."""
+    banks = model._modules.get(BANKS)
+    bank = None if banks is None else banks._modules.get(name)
+    return bank if isinstance(bank, Bank) else None
+
+
+def attach_bank(model: nn.Module, name: str, bank: Bank) -> None:
+    """Puts the shared tensors of an adapter at the model's root."""
+    if BANKS not in model._modules:
+        model.add_module(BANKS, Banks())
+    model._modules[BANKS][name] = bank  # type: ignore[index]
+
+
+def detach_bank(model: nn.Module, name: str) -> None:
+    """Takes them away again, where there are some."""
+    banks = model._modules.get(BANKS)
+    if banks is not None and name in banks._modules:
+        del banks._modules[name]
+        if not banks._modules:
+            del model._modules[BANKS]

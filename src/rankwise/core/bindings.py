@@ -23,10 +23,13 @@ from rankwise.core.layouts import Layout
 from rankwise.core.operators import Base, Dense, Operator
 from rankwise.core.parameterization import Additive, Parameterization
 from rankwise.core.randomness import inside_backward, may_be_recomputed
+from rankwise.core.reparameterized import ReparameterizedBias, ReparameterizedWeight
 from rankwise.core.targets import Target, dequantize, weight_parameter
 
 Selection = tuple[tuple[str, float], ...]
-TAKEN_NAMES = frozenset({"layout", "shape", "active", "rows", "stash", "merged", "checkpointed"})  # fields of `Adapters`
+TAKEN_NAMES = frozenset(
+    {"layout", "shape", "active", "rows", "stash", "stash_bias", "merged", "checkpointed"}
+)  # fields of `Adapters`
 
 
 class Adapters(nn.ModuleDict):
@@ -37,6 +40,7 @@ class Adapters(nn.ModuleDict):
         active: (name, weight) of those that act; empty for the frozen layer alone.
         rows: for a batch with an adapter per row, (names, index of each row's name); a name "" is the frozen layer.
         stash: the untouched weight, while something is merged or absorbed into it.
+        stash_bias: the untouched bias, while a method that changes the bias is merged.
         merged: names merged into the weight.
         checkpointed: selections used in forwards that may run again, since the last optimizer step.
     """
@@ -47,6 +51,7 @@ class Adapters(nn.ModuleDict):
         self.active: Selection = ()
         self.rows: tuple[tuple[str, ...], Tensor] | None = None
         self.stash: Tensor | None = None
+        self.stash_bias: Tensor | None = None
         self.merged: tuple[str, ...] = ()
         self.checkpointed: dict[tuple[Selection, int], None] = {}
 
@@ -68,7 +73,9 @@ class Adapters(nn.ModuleDict):
         """The operator that acts now."""
         if self.rows is not None:
             names, rows = self.rows
-            return Routed([self.combined(layer, ((name, 1.0),) if name in self else ()) for name in names], rows)
+            chosen: list[Selection] = [((name, 1.0),) if name in self else () for name in names]
+            biases = [self.bias(layer, selection) for selection in chosen]
+            return Routed([self.combined(layer, selection) for selection in chosen], rows, biases)
         if not self.merged and len(self.active) == 1 and self.active[0][1] == 1.0 and self._absorbed() <= {self.active[0][0]}:
             return self[self.active[0][0]].effective(self.base(layer))
         return self.combined(layer, self.active)
@@ -88,6 +95,17 @@ class Adapters(nn.ModuleDict):
             if carried is not None and factor != 1.0:
                 terms.append(Scaled(carried, factor - 1.0))
         return terms[0] if len(terms) == 1 else Sum(*terms)
+
+    def bias(self, layer: nn.Module, selection: Selection) -> Tensor | None:
+        """The layer's bias (m,) b₀ + Σ weight · (b' - b₀) + what is merged, or None where it has none."""
+        bias: Tensor | None = getattr(layer, "bias", None)
+        changing = [(self[name], weight) for name, weight in selection if name not in self.merged and self[name].changes_bias]
+        if bias is None or not changing:
+            return bias
+        untouched = bias if self.stash_bias is None else self.stash_bias
+        if len(changing) == 1 and changing[0][1] == 1.0 and self.stash_bias is None:
+            return changing[0][0].adapted_bias(bias)
+        return bias + sum(weight * (entry.adapted_bias(untouched) - untouched) for entry, weight in changing)
 
     def _change(self, layer: nn.Module, name: str, weight: float) -> list[Operator]:
         """The terms of weight · (W' - W₀), without the absorbed part of an additive method."""
@@ -111,7 +129,7 @@ class Adapters(nn.ModuleDict):
         idle = all(name in self.merged for name, _ in self.active) and not self._absorbed() - set(self.merged)
         if self.rows is None and idle:
             return _original_class(layer).forward(layer, x)
-        y = self.operator(layer).affine(x, self.layout, getattr(layer, "bias", None))
+        y = self.operator(layer).affine(x, self.layout, self.bias(layer, self.active))
         return y if x.is_floating_point() else self.layout.finish(y, x, weight_parameter(layer).dtype)
 
     def _repeat_or_remember(self) -> None:
@@ -168,7 +186,9 @@ def attach(target: Target, name: str, entry: Parameterization, *, binding: str) 
         if binding == "path":
             layer.__class__ = adapted_class(type(layer))
         else:
-            parametrize.register_parametrization(layer, "weight", _Reparameterized(adapters, target), unsafe=True)
+            parametrize.register_parametrization(layer, "weight", ReparameterizedWeight(adapters, target), unsafe=True)
+            if entry.changes_bias and getattr(layer, "bias", None) is not None:
+                parametrize.register_parametrization(layer, "bias", ReparameterizedBias(adapters), unsafe=True)
     adapters[name] = entry
     return adapters
 
@@ -181,37 +201,12 @@ def detach(target: Target, name: str) -> None:
     if len(adapters):
         return
     if parametrize.is_parametrized(layer, "weight"):
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        for tensor in [*cast(Any, layer).parametrizations]:
+            parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
     else:
         layer.__class__ = _original_class(layer)
     del layer._modules["adapter"]
     layer.__dict__.pop("_rankwise_square_row_norms", None)
-
-
-class _Reparameterized(nn.Module):
-    """The `weight` binding: the weight tensor as a function of the frozen one."""
-
-    def __init__(self, adapters: Adapters, target: Target) -> None:
-        super().__init__()
-        object.__setattr__(self, "adapters", adapters)  # a child of the layer already
-        self.layout = target.layout
-
-    def forward(self, weight: Tensor) -> Tensor:
-        adapters: Adapters = self.adapters  # type: ignore[assignment]
-        if adapters.rows is not None:
-            raise ActivationError("one adapter per row needs binding='path': a weight is the same for all rows")
-        frozen = Dense(self.layout.to_matrix(weight))
-        terms: list[Operator] = [frozen]
-        selection = tuple((name, factor) for name, factor in adapters.active if name not in adapters.merged)
-        if not selection:
-            return weight
-        if len(selection) == 1 and selection[0][1] == 1.0:
-            matrix = adapters[selection[0][0]].effective(frozen).dense()
-        else:
-            for name, factor in selection:
-                terms += [Scaled(adapters[name].effective(frozen), factor), Scaled(frozen, -factor)]
-            matrix = Sum(*terms).dense()
-        return self.layout.from_matrix(matrix.to(weight.dtype), weight)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
@@ -223,7 +218,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]
 
 
 def effective_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The `functional` binding: "<layer>.weight" -> adapted weight, differentiable in the trained tensors.
+    """The `functional` binding: "<layer>.weight" -> adapted weight (bias too where it changes), differentiable.
 
     Use them with `functional_call`, which runs the model with its adapters switched off.
     """
@@ -232,6 +227,9 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
         weight = cast(Tensor, layer.weight)
         matrix = adapters.operator(layer).dense().to(weight.dtype)
         weights[f"{name}.weight"] = adapters.layout.from_matrix(matrix, weight)
+        bias = adapters.bias(layer, adapters.active)
+        if bias is not None and bias is not layer.bias:
+            weights[f"{name}.bias"] = bias
     return weights
 
 

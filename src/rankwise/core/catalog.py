@@ -19,6 +19,7 @@ SHELVES = (
     "perturbation",
     "schedule",
     "procedure",
+    "network",
     "merging",
     "compression",
     "certificate",
@@ -51,12 +52,17 @@ class Entry:
         title, summary: its usual name, and one sentence on what it does.
         formula: one line in the letters of the library.
         trained: trained numbers per layer, as a formula.
+        numbers: the same as a Python expression in m, n and the arguments, for one adapted linear layer (shared tensors
+            included); the contract counts them.
+        flops: of a parameterization, extra FLOPs in matrix products of the forward, as a Python expression in m, n, T (tokens)
+            and the arguments; the contract counts them.
         cost: extra cost, as a formula or a sentence.
         state: of a step, numbers kept per layer beside counters, as a Python expression in m, n, r; the contract counts them.
         merges: "exact", or how the weight is changed.
         exports: "exact at rank r", or why not.
         when: one honest sentence on when to use it.
         tiny: arguments for the contract tests on layers of size <= 16.
+        variants: texts of further recipes of this entry that the contract runs on, with tiny sizes.
     """
 
     slug: str
@@ -67,12 +73,21 @@ class Entry:
     formula: str
     reference: Reference
     trained: str = ""
+    numbers: str = ""
+    flops: str = ""
     cost: str = ""
     state: str = ""
     merges: str = ""
     exports: str = ""
     when: str = ""
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    variants: tuple[str, ...] = ()
+
+    @property
+    def small(self) -> str:
+        """The recipe's text with the tiny arguments, as `compose` reads it."""
+        inside = ", ".join(f"{key}={value!r}" for key, value in self.tiny.items())
+        return f"{self.slug}({inside})" if inside else self.slug
 
 
 _entries: dict[str, Entry] = {}

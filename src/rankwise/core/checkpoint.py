@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankwise.core import decisions, merge
-from rankwise.core.adapt import adapt_
+from rankwise.core.adapt import build_
 from rankwise.core.errors import CheckpointError, shorten
 from rankwise.core.fingerprint import check_fingerprint
 from rankwise.core.handle import Handle, trained_tensors
@@ -192,14 +192,16 @@ def load_(
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / JSON_NAME} lacks {error}; it is damaged") from error
     _check_sites(model, sites, folder)
-    handle = adapt_(
+    handle = build_(
         model,
-        _without_start(recipe),
-        where=lambda candidate, _: candidate in sites,
-        name=name or stored_name,
-        seed=seed,
+        recipe,
+        lambda candidate, _: candidate in sites,
+        None,
+        name or stored_name,
+        seed,
         train_also=sorted({owner.rpartition(".")[0] for owner in auxiliary}),
         binding=binding,
+        stored=description,
     )
     try:
         if not any_base:
@@ -210,16 +212,11 @@ def load_(
     except BaseException:
         handle.detach_()
         raise
-    handle.recipe = recipe
     if not trainable:
         for block in handle.blocks().values():
             for parameter in block.values():
                 parameter.requires_grad_(False)
     return handle
-
-
-def _without_start(recipe: Recipe) -> Recipe:
-    return Recipe(**{**recipe.__dict__, "start": None})
 
 
 def _check_sites(model: nn.Module, sites: Mapping[str, Any], folder: Path) -> None:

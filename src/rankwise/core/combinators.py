@@ -190,10 +190,15 @@ class Routed(Operator):
     """A different operator for each row of the batch: row i uses operators[rows[i]]. This loop is the reference.
 
     `dense()` is refused, since there is no one matrix. `serving` has the fast ways for low-rank updates.
+
+    Args:
+        operators: one per choice.
+        rows: (batch,) the choice of each row.
+        biases: one per choice, where methods change the bias; None: all use the layer's.
     """
 
-    def __init__(self, operators: Sequence[Operator], rows: Tensor) -> None:
-        self.operators, self.rows = tuple(operators), rows
+    def __init__(self, operators: Sequence[Operator], rows: Tensor, biases: Sequence[Tensor | None] | None = None) -> None:
+        self.operators, self.rows, self.biases = tuple(operators), rows, biases
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -203,12 +208,13 @@ class Routed(Operator):
         raise TypeError("a routed operator has one matrix per row of the batch; take dense() of one of its operators")
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        return self._scatter(x, lambda operator, part: operator.apply(part, layout))
+        return self._scatter(x, lambda index, part: self.operators[index].apply(part, layout))
 
     def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-        return self._scatter(x, lambda operator, part: operator.affine(part, layout, bias))
+        biases = [bias] * len(self.operators) if self.biases is None else self.biases
+        return self._scatter(x, lambda index, part: self.operators[index].affine(part, layout, biases[index]))
 
-    def _scatter(self, x: Tensor, run: Callable[[Operator, Tensor], Tensor]) -> Tensor:
+    def _scatter(self, x: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
         if self.rows.shape[0] != x.shape[0]:
             raise ActivationError(
                 f"the batch has {x.shape[0]} rows, but {self.rows.shape[0]} adapter names were given; give one name per row"
@@ -216,10 +222,10 @@ class Routed(Operator):
         result: Tensor | None = None
         for index in torch.unique(self.rows).tolist():
             chosen = (self.rows == index).nonzero().squeeze(1)
-            part = run(self.operators[index], x.index_select(0, chosen))
+            part = run(index, x.index_select(0, chosen))
             if result is None:
                 result = part.new_zeros((x.shape[0], *part.shape[1:]))
             result = result.index_copy(0, chosen, part)
         if result is None:  # an empty batch
-            return run(self.operators[0], x)
+            return run(0, x)
         return result

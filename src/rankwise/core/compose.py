@@ -13,7 +13,8 @@ from typing import Any
 
 from rankwise.core import catalog
 from rankwise.core.errors import ArgumentError, Problem, RecipeError, did_you_mean
-from rankwise.core.recipe import SHELVES, Piece, Recipe
+from rankwise.core.piece import SHELVES, Piece
+from rankwise.core.recipe import Recipe
 from rankwise.core.step import MOMENTS
 
 

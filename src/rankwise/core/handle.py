@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core import merge, training
-from rankwise.core.bank import Bank
+from rankwise.core.bank import BANKS, Bank, bank_of, detach_bank
 from rankwise.core.bindings import Adapters, activate_, adapted_layers, detach
 from rankwise.core.errors import MergeError, TargetError, TrainingError, did_you_mean
+from rankwise.core.freezing import thaw
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Parameterization
 from rankwise.core.protocols import Decision, Perturbation, Procedure, RankSchedule
@@ -21,9 +22,6 @@ from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
 from rankwise.core.step import BlockOptimizer
 from rankwise.core.targets import Target
-
-_FLAGS = "_rankwise_requires_grad"  # on the model: which parameters required gradients before the first adapter
-BANKS = "rankwise_banks"  # the child of the model's root that holds shared tensors
 
 
 class Handle:
@@ -103,9 +101,10 @@ class Handle:
             if roles:
                 blocks[site] = roles
         if self.bank is not None:
-            shared = {role: p for role, p in self.bank.named_parameters() if p.requires_grad}
-            if shared:
-                blocks[f"{BANKS}.{self.name}"] = shared
+            for name, parameter in self.bank.named_parameters(prefix=f"{BANKS}.{self.name}"):
+                owner, _, role = name.rpartition(".")
+                if parameter.requires_grad:
+                    blocks.setdefault(owner, {})[role] = parameter
         return blocks
 
     def plain_blocks(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -293,11 +292,7 @@ class Handle:
             detach(target, self.name)
             if len(adapters) and adapters.stash is not None:  # others are merged or absorbed: write their parts alone
                 merge.rewrite(target)
-        banks = self.model._modules.get(BANKS)
-        if banks is not None and self.name in banks._modules:
-            del banks._modules[self.name]
-            if not banks._modules:
-                del self.model._modules[BANKS]
+        detach_bank(self.model, self.name)
         self._hook.remove()
         for parameter in self.auxiliary.values():
             parameter.requires_grad_(False)
@@ -316,36 +311,6 @@ class Handle:
         for name, part in (("schedule", self.schedule), ("procedure", self.procedure), ("perturbation", self.perturbation)):
             if part is not None:
                 part.load_state_dict(state[name])
-
-
-def freeze(model: nn.Module, auxiliary: Mapping[str, nn.Parameter]) -> None:
-    """Freezes all but adapters and auxiliary tensors. The flags as the user had them are kept on the model for `thaw`."""
-    kept = {id(parameter) for parameter in auxiliary.values()}
-    flags: dict[str, bool] = model.__dict__.setdefault(_FLAGS, {})
-    for name, parameter in model.named_parameters():
-        if ".adapter." in f".{name}" or name.startswith(f"{BANKS}."):
-            continue
-        first = name not in flags
-        flags.setdefault(name, parameter.requires_grad)
-        if id(parameter) in kept or first:
-            parameter.requires_grad_(id(parameter) in kept)
-
-
-def thaw(model: nn.Module) -> None:
-    """Gives the user's flags back once no adapter is left."""
-    if next(adapted_layers(model), None) is not None:
-        return
-    flags: dict[str, bool] = model.__dict__.pop(_FLAGS, {})
-    for name, parameter in model.named_parameters():
-        if name in flags:
-            parameter.requires_grad_(flags[name])
-
-
-def bank_of(model: nn.Module, name: str) -> Bank | None:
-    """The shared tensors of the named adapter on a model, or None."""
-    banks = model._modules.get(BANKS)
-    bank = None if banks is None else banks._modules.get(name)
-    return bank if isinstance(bank, Bank) else None
 
 
 def trained_tensors(handle: Handle) -> dict[str, Tensor]:

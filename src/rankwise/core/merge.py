@@ -15,7 +15,7 @@ from torch import nn
 from rankwise.core.bindings import Adapters
 from rankwise.core.errors import MergeError, shorten
 from rankwise.core.operators import LowRank
-from rankwise.core.targets import Target, tied_with
+from rankwise.core.targets import Target, bias_parameter, tied_with
 
 
 def refuse_merge(model: nn.Module, targets: dict[str, Target], name: str) -> None:
@@ -33,6 +33,12 @@ def refuse_merge(model: nn.Module, targets: dict[str, Target], name: str) -> Non
             raise MergeError(
                 f"{site}.weight is the same tensor as {shorten(others)}, so merging into {site} would change both. "
                 f"Untie them first (give {site} a copy of the weight), or leave {site} unmerged and serve the adapter beside it"
+            )
+        bias = bias_parameter(target.module)
+        sharing = [key for key, tensor in model.named_parameters(remove_duplicate=False) if tensor is bias]
+        if adapters[name].changes_bias and len(sharing) > 1:
+            raise MergeError(
+                f"{' and '.join(sharing)} are one tensor, and {name!r} changes the bias of {site}; untie them first"
             )
         for role, tensor in adapters[name].named_parameters():
             if not torch.isfinite(tensor).all():
@@ -93,7 +99,26 @@ def restore_site(target: Target) -> None:
         with torch.no_grad():
             target.parameter().copy_(adapters.stash)
         adapters.stash = None
+    _write_bias(target, ())
     adapters.merged = ()
+
+
+@torch.no_grad()
+def _write_bias(target: Target, merged: tuple[str, ...]) -> None:
+    """Sets the bias to that of the merged adapters, or back to the untouched one."""
+    adapters, bias = _adapters(target), bias_parameter(target.module)
+    if bias is None:
+        return
+    if adapters.stash_bias is not None:
+        bias.copy_(adapters.stash_bias)
+        adapters.stash_bias = None
+    changing = [adapters[name] for name in merged if adapters[name].changes_bias]
+    if not changing:
+        return
+    untouched = bias.detach().clone()
+    adapters.stash_bias = untouched
+    wide = untouched.to(torch.promote_types(bias.dtype, torch.float32))
+    bias.copy_(wide + sum(entry.adapted_bias(wide) - wide for entry in changing))
 
 
 @torch.no_grad()
@@ -123,6 +148,7 @@ def _write(target: Target, merged: tuple[str, ...]) -> None:
             parameter.copy_(adapters.stash)
             raise MergeError(f"the merged weight of {target.name} is not finite; the weight was not changed")
         parameter.copy_(adapters.layout.from_matrix(matrix, parameter))
+    _write_bias(target, merged)
     adapters.merged = merged
     if not merged and not absorbed:
         parameter.copy_(adapters.stash)

@@ -21,6 +21,7 @@ from rankwise.core.layouts import Layout
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import generator_for
+from rankwise.core.statistics import LayerStatistics, Statistic
 
 PRODUCT = "product"  # a start that gives B A ≠ 0, placed so that the update equals it
 INPUT = "input"  # a start that gives the input factor A alone, with B = 0
@@ -41,6 +42,9 @@ class Site:
         thin: thins an input by dropout: x, probability -> x̃ (see `MaskStream`).
         bank: tensors shared between the adapter's sites, where the method declared some.
         shape: of the weight tensor in matrix orientation with its modes kept, (out, in, kernel…).
+        statistics: what `collect` gathered at this layer, for methods whose `needs_of` asks for some.
+        blank: the tensors will be filled from a file, so that nothing needs to be read off the weight or data now; buffers
+            must get the right shapes and dtypes and may hold zeros.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Site:
     thin: Callable[[Tensor, float], Tensor] | None = None
     bank: Bank | None = None
     shape: tuple[int, ...] = ()
+    statistics: LayerStatistics | None = None
+    blank: bool = False
 
     def generator(self, purpose: str = "start") -> torch.Generator:
         """A private CPU generator for this site and purpose."""
@@ -125,6 +131,11 @@ class Parameterization(nn.Module, ABC):
         return frozenset()
 
     @classmethod
+    def needs_of(cls, **arguments: Any) -> frozenset[Statistic]:
+        """Statistics that building a site reads (`Site.statistics`)."""
+        return frozenset()
+
+    @classmethod
     def restarts(cls, **arguments: Any) -> bool:
         """Whether a site can be absorbed into the weight and begin again: additive with exact factors, and has a `restart`."""
         return cls.restart is not Parameterization.restart and cls.facts.additive and cls.facts.exact_lora_export
@@ -152,6 +163,15 @@ class Parameterization(nn.Module, ABC):
     @abstractmethod
     def forward(self, base: Operator) -> Operator:
         """The adapted operator. The whole method."""
+
+    def adapted_bias(self, bias: Tensor) -> Tensor:
+        """The bias (m,) of the adapted layer; most methods leave it as it is."""
+        return bias
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the method says anything about the bias."""
+        return type(self).adapted_bias is not Parameterization.adapted_bias
 
     def update(self) -> Operator:
         """The low-rank part W' - W would have if nothing else were trained (for additive methods: the whole update)."""

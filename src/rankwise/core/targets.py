@@ -56,6 +56,13 @@ def weight_parameter(layer: nn.Module) -> nn.Parameter:
     return cast(nn.Parameter, layer.weight)
 
 
+def bias_parameter(layer: nn.Module) -> nn.Parameter | None:
+    """The bias itself, also where torch's parametrize computes `layer.bias` from it; None where there is none."""
+    if parametrize.is_parametrized(layer, "bias"):
+        return cast(Any, layer).parametrizations.bias.original
+    return cast("nn.Parameter | None", getattr(layer, "bias", None))
+
+
 def dequantize(layer: nn.Module) -> Tensor:
     """The layer's weight as ordinary numbers.
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.core import checkpoint
+from rankwise.core.bank import BANKS
 from rankwise.core.errors import CheckpointError, TrainingError, shorten
-from rankwise.core.handle import BANKS, Handle
+from rankwise.core.handle import Handle
 from rankwise.interop.trainer import FOLDER, LAST_GOOD, STATE_NAME
 
 

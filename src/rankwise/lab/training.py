@@ -22,7 +22,8 @@ from torch import nn
 from rankwise.core.adapt import adapt_, collect
 from rankwise.core.errors import TrainingError
 from rankwise.core.handle import Handle
-from rankwise.core.recipe import Piece, Recipe
+from rankwise.core.piece import Piece
+from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import LayerStatistics, Statistic, default_loss
 from rankwise.lab.protocol import Task
 

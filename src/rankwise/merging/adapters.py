@@ -21,9 +21,10 @@ from rankwise.core.adapt import adapt_
 from rankwise.core.errors import ArgumentError, MergeError, did_you_mean, shorten
 from rankwise.core.handle import Handle
 from rankwise.core.operators import LowRank, Operator
+from rankwise.core.piece import piece
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import generator_for
-from rankwise.core.recipe import Recipe, piece
+from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import LayerStatistics
 from rankwise.merging.combination import linear, task_arithmetic
 from rankwise.merging.exact import cat, svd

@@ -24,7 +24,7 @@ from rankwise.core.combinators import Rotated, Sum
 from rankwise.core.errors import ArgumentError, Problem
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Facts, Parameterization, Site
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 from rankwise.core.structured import BlockDiagonal
 from rankwise.parameterizations.blocks import LAYOUTS, largest_divisor, problem, tiled_identity
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from rankwise.core.operators import Dense, Operator
 from rankwise.core.parameterization import Facts, Parameterization, Site
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 
 
 @register("parameterization")

@@ -26,7 +26,7 @@ from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 
 
 @register("parameterization")

@@ -11,7 +11,7 @@ from rankwise.core.bank import Bank
 from rankwise.core.errors import ArgumentError, Problem
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Parameterization, Site
-from rankwise.core.recipe import Piece, piece
+from rankwise.core.piece import Piece, piece
 from rankwise.parameterizations.lora import LoRA
 
 

@@ -27,8 +27,8 @@ from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
+from rankwise.core.piece import register
 from rankwise.core.queries import svd
-from rankwise.core.recipe import register
 
 SCALES = ("lora", "rslora", "constant")
 

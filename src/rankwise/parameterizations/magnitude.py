@@ -30,8 +30,8 @@ from rankwise.core.combinators import Dropped, RowScale, Sum
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Base, LowRank, Operator
 from rankwise.core.parameterization import Facts, Site
+from rankwise.core.piece import Piece, register
 from rankwise.core.queries import row_norms
-from rankwise.core.recipe import Piece, register
 from rankwise.parameterizations.inner import Wrapping, build_inner, inner_piece
 from rankwise.parameterizations.plan import Plan, can_plan
 

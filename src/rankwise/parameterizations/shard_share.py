@@ -25,8 +25,8 @@ from rankwise.core.errors import ArgumentError, Problem
 from rankwise.core.layouts import Layout, LinearLayout
 from rankwise.core.operators import LowRank, Operator, compute_dtype
 from rankwise.core.parameterization import Additive, Facts, Site
+from rankwise.core.piece import register
 from rankwise.core.queries import narrow_form
-from rankwise.core.recipe import register
 from rankwise.parameterizations.blocks import LAYOUTS, largest_divisor, problem, tiled_identity
 
 

@@ -28,7 +28,7 @@ from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Chain, Operator
 from rankwise.core.parameterization import Additive, Site
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 
 
 @register("parameterization")

@@ -28,8 +28,8 @@ from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Chain, Dense, LowRank, Operator
 from rankwise.core.parameterization import PRODUCT, Additive, Facts, Site
+from rankwise.core.piece import register
 from rankwise.core.queries import SVD, svd
-from rankwise.core.recipe import register
 from rankwise.parameterizations.lora import scale_of
 
 

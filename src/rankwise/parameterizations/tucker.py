@@ -28,7 +28,7 @@ from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError, Problem
 from rankwise.core.operators import Operator
 from rankwise.core.parameterization import Additive, Site
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 from rankwise.core.structured import Tucker
 
 

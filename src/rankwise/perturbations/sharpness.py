@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
+from rankwise.core.piece import register
 from rankwise.core.protocols import Perturbation
-from rankwise.core.recipe import register
 from rankwise.core.sharding import whole
 from rankwise.core.step import Block
 

@@ -27,8 +27,8 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from rankwise.core.errors import ArgumentError
+from rankwise.core.piece import register
 from rankwise.core.protocols import Decision, Procedure, Restart
-from rankwise.core.recipe import register
 from rankwise.core.step import Block
 
 

@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
+from rankwise.core.piece import register
 from rankwise.core.protocols import Decision, Mask, RankSchedule
-from rankwise.core.recipe import register
 from rankwise.core.sharding import whole
 from rankwise.core.step import Block
 from rankwise.schedules.cubic import cubic_budget

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.handle import Handle
+from rankwise.core.piece import register
 from rankwise.core.protocols import Assign, Decision, RankSchedule, Resize
-from rankwise.core.recipe import register
 from rankwise.core.sharding import sharded_like, whole
 from rankwise.core.step import Block
 

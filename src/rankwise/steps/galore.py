@@ -21,7 +21,7 @@ arXiv:2403.03507.
 from __future__ import annotations
 
 from rankwise.core.errors import ArgumentError
-from rankwise.core.recipe import Piece, piece, register
+from rankwise.core.piece import Piece, piece, register
 from rankwise.core.step import MOMENTS, Step
 from rankwise.steps.moments import adamw
 from rankwise.steps.projector import projected, svd_basis

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 from rankwise.core.step import MOMENTS, Block, State, Step
 
 

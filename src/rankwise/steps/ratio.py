@@ -20,7 +20,7 @@ Hayou, Ghosh, Yu: LoRA+: Efficient Low Rank Adaptation of Large Models, 2024, ar
 from __future__ import annotations
 
 from rankwise.core.errors import ArgumentError
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 from rankwise.core.step import DIRECTION, Block, State, Step, stateless
 
 

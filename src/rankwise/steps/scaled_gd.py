@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
-from rankwise.core.recipe import register
+from rankwise.core.piece import register
 from rankwise.core.step import GRADIENT, Block, State, Step, stateless
 from rankwise.steps.grams import at_least_single, damped_inverse
 

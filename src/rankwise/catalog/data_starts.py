@@ -1,0 +1,3 @@
+"""Starts that read data, earlier adapters or a quantizer."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Parameterizations that multiply the weight: rotations, reflections, gains."""
+
+from __future__ import annotations

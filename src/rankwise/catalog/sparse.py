@@ -1,0 +1,3 @@
+"""Parameterizations with masks, sparse parts, or one adapter per example."""
+
+from __future__ import annotations

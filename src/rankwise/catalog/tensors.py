@@ -1,0 +1,3 @@
+"""Parameterizations on tensors and random subspaces: tensor trains, Khatri-Rao products, intrinsic dimension."""
+
+from __future__ import annotations

@@ -1,0 +1,204 @@
+"""Why a recipe is illegal: every reason at once, each with a way out. Nothing is built and no model is touched.
+
+Roles: a step, perturbation, schedule or procedure needs trained tensors by name. Starts: a parameterization holds some kinds.
+Sites: rank, layer kind, and what a method itself says of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rankwise.core.errors import Problem
+from rankwise.core.parameterization import INPUT, PRODUCT, Site
+from rankwise.core.statistics import Statistic
+from rankwise.core.step import MOMENTS
+
+if TYPE_CHECKING:
+    from rankwise.core.recipe import Recipe
+
+
+def problems_of(recipe: Recipe, sites: Iterable[Site] = (), collected: Iterable[Statistic] | None = None) -> list[Problem]:
+    """Every reason why the recipe is illegal, on these sites if given. Empty means legal."""
+    return [
+        *_role_problems(recipe),
+        *_gate_problems(recipe),
+        *_restart_problems(recipe),
+        *_start_problems(recipe),
+        *_statistics_problems(recipe, collected),
+        *_site_problems(recipe, list(sites)),
+    ]
+
+
+def _gate_problems(recipe: Recipe) -> list[Problem]:
+    method, arguments = recipe.method, recipe.parameterization.arguments
+    if recipe.schedule is None or not recipe.schedule.factory.shrinks_gates or "gate" not in recipe.roles:  # type: ignore[attr-defined]
+        return []
+    if method.gate_starts_open(**arguments):
+        return []
+    return [
+        Problem(
+            piece=f"schedule {recipe.schedule.name}",
+            needs="gates that start away from zero, since it pulls them there",
+            has=f"those of {recipe.parameterization} start at zero and would never leave",
+            remedy="use gated_lora(form='sora')",
+        )
+    ]
+
+
+def _restart_problems(recipe: Recipe) -> list[Problem]:
+    method = recipe.method
+    if recipe.procedure is None or not recipe.procedure.factory.restarts:  # type: ignore[attr-defined]
+        return []
+    if method.restarts(**recipe.parameterization.arguments):
+        return []
+    return [
+        Problem(
+            piece=f"procedure {recipe.procedure.name}",
+            needs="a parameterization that can be absorbed into the weight and begin again at zero",
+            has=f"{recipe.parameterization.name} cannot",
+            remedy="use an additive parameterization of low rank (lora, rslora, lora_fa), or drop it",
+        )
+    ]
+
+
+def _role_problems(recipe: Recipe) -> list[Problem]:
+    method, roles = recipe.parameterization.name, recipe.roles
+    trains = f"{method} trains {', '.join(sorted(roles))}"
+    found = []
+    for shelf in ("step", "perturbation", "schedule", "procedure"):
+        pieces = recipe.step if shelf == "step" else (getattr(recipe, shelf),)
+        for part in pieces:
+            if part is None:
+                continue
+            needed = part.build().roles if shelf == "step" else part.factory.roles  # type: ignore[attr-defined]
+            if not needed <= roles:
+                found.append(
+                    Problem(
+                        piece=f"{shelf} {part.name}",
+                        needs=f"roles {', '.join(sorted(needed))}",
+                        has=trains,
+                        remedy=_role_remedy(needed, part.name),
+                    )
+                )
+    steps = recipe.steps()
+    moments = [step.name for step in steps if step.stage == MOMENTS]
+    if len(moments) != 1:
+        found.append(
+            Problem(
+                piece="the chain of steps",
+                needs="exactly one step that makes the update (adamw, sgd, galore)",
+                has=f"this one has {', '.join(moments) or 'none'}",
+                remedy="name one of them",
+            )
+        )
+    preconditioners = [step.name for step in steps if step.preconditions]
+    if len(preconditioners) > 1:
+        found.append(
+            Problem(
+                piece="the chain of steps",
+                needs="at most one preconditioner",
+                has=f"{' and '.join(preconditioners)} would both precondition the same gradient",
+                remedy=f"keep {' or '.join(preconditioners)}",
+            )
+        )
+    return found
+
+
+def _start_problems(recipe: Recipe) -> list[Problem]:
+    if recipe.start is None:
+        return []
+    found, start, method = [], recipe.start.build(), recipe.parameterization.name
+    kinds = recipe.method.start_kinds(**recipe.parameterization.arguments)
+    what = {PRODUCT: "a product B A", INPUT: "an input factor A"}[start.kind]
+    if start.kind not in kinds:
+        found.append(
+            Problem(
+                piece=f"start {recipe.start.name}",
+                needs=f"a parameterization that can hold {what}",
+                has=f"{method} {'has a start of its own' if not kinds else 'holds only ' + ', '.join(sorted(kinds))}",
+                remedy="use lora, rslora or dora (lora_xs for a product), or drop this start",
+            )
+        )
+    prunes = recipe.schedule is not None and recipe.schedule.factory.prunes  # type: ignore[attr-defined]
+    if start.kind == PRODUCT and prunes and recipe.schedule is not None:
+        found.append(
+            Problem(
+                piece=f"schedule {recipe.schedule.name}",
+                needs="directions that can be pruned without loss",
+                has=f"start {recipe.start.name} puts a part of the weight into every direction, which pruning throws away",
+                remedy="use a start with B = 0 (eva, nystrom_nora), or drop one of the two",
+            )
+        )
+    return found
+
+
+def _statistics_problems(recipe: Recipe, collected: Iterable[Statistic] | None) -> list[Problem]:
+    missing = sorted(item.value for item in recipe.needs - frozenset(collected or ())) if collected is not None else []
+    if not missing:
+        return []
+    own = recipe.method.needs_of(**recipe.parameterization.arguments) - {Statistic.WEIGHT}
+    readers = [str(recipe.parameterization)] if own else []
+    readers += [f"start {recipe.start.name}"] if recipe.start is not None and recipe.start.build().needs - own else []
+    return [
+        Problem(
+            piece=" and ".join(readers),
+            needs=f"statistics {', '.join(missing)}",
+            has="they were not collected",
+            remedy="pass statistics=rankwise.collect(model, probe_batches, recipe.needs)",
+        )
+    ]
+
+
+def _site_problems(recipe: Recipe, sites: list[Site]) -> list[Problem]:
+    method, found = recipe.method, []
+    unfit = [site.name for site in sites if site.layout.kind not in method.facts.layouts]
+    if unfit:
+        kinds = ", ".join(sorted(method.facts.layouts))
+        found.append(
+            Problem(
+                piece=recipe.parameterization.name,
+                needs=f"a layer of kind {kinds}",
+                has="these layers are of another kind",
+                remedy="leave them out with where=",
+                sites=tuple(unfit),
+            )
+        )
+    for site in sites:
+        width = method.width_of(site.m, site.n, **recipe.arguments_at(site.name))
+        if width is not None and not 1 <= width <= min(site.m, site.n):
+            found.append(
+                Problem(
+                    piece=recipe.parameterization.name,
+                    needs=f"1 <= rank <= min(m, n) = {min(site.m, site.n)}",
+                    has=f"rank is {width} for a layer of {site.m} × {site.n}",
+                    remedy=f"use rank={min(site.m, site.n)} or less, or leave the layer out with where=",
+                    sites=(site.name,),
+                )
+            )
+        found.extend(method.problems_at(site, **recipe.arguments_at(site.name)))
+        found.extend(_projection_problems(recipe, site))
+    return found
+
+
+def _projection_problems(recipe: Recipe, site: Site) -> list[Problem]:
+    smaller = min(site.m, site.n)
+    return [
+        Problem(
+            piece=f"step {step.name}",
+            needs=f"1 <= rank <= min(m, n) = {smaller}",
+            has=f"rank is {step.rank} for a layer of {site.m} × {site.n}",
+            remedy=f"use rank={smaller} or less, or leave the layer out with where=",
+            sites=(site.name,),
+        )
+        for step in recipe.steps()
+        if step.rank is not None and not 1 <= step.rank <= smaller
+    ]
+
+
+def _role_remedy(needed: frozenset[str], name: str) -> str:
+    if "weight" in needed:
+        return f"compose it with full ('full + {name}'), or drop it"
+    if "gate" in needed:
+        return "use a gated parameterization (gated_lora, or dora(inner=gated_lora)), or drop it"
+    return "use a parameterization that trains both factors (lora, rslora, dora), or drop it"
