@@ -50,6 +50,9 @@ class BlockDiagonal(Operator):
     def dense(self) -> Tensor:
         return torch.block_diag(*self.blocks)
 
+    def transposed(self) -> BlockDiagonal:
+        return BlockDiagonal(self.blocks.mT)
+
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
         if not isinstance(layout, LinearLayout):
             return super().apply(x, layout)
