@@ -1,6 +1,6 @@
 """Rotations, reflections and gains give what PEFT's layers give with the same tensors, where both say the same.
 
-PEFT computes in float32, hence the tolerance. Its 3 × 3 convolutions under OFT are compared merged, since their forward is wrong.
+PEFT computes in float32, hence the tolerance. Its 3 × 3 convolutions under OFT are compared merged: their forward is wrong.
 """
 
 from __future__ import annotations
@@ -84,6 +84,25 @@ def test_oft_on_a_convolution_is_their_merged_weight() -> None:
 def test_boft_of_one_level(kind: str) -> None:
     config = peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=1, target_modules=["0"])
     compare("boft(block=4)", config, {"blocks": "boft_R", "gain": "boft_s"}, kind)
+
+
+def test_boft_of_three_levels_has_their_permutations_and_their_product() -> None:
+    """Their layer needs an extension for it; the functions it is made of do not."""
+    from peft.tuners.boft.layer import BOFTLayer
+
+    n, block, factors = 16, 2, 3
+    handle = rankwise.adapt_(nn.Sequential(nn.Linear(n, 4)), rankwise.compose(f"boft(block={block}, factors={factors})"))
+    entry: Any = handle.parameterization("0")
+    with torch.no_grad():
+        entry.blocks.copy_(numbers(tuple(entry.blocks.shape), 0.4, 7))
+    product = torch.eye(n)
+    for level in range(factors):
+        theirs = BOFTLayer.block_butterfly_perm(None, n, n // block // 2**level, block // 2, factors - 1)
+        assert torch.equal(entry.permutation[level], theirs)
+        P = BOFTLayer.perm2mat(None, theirs)
+        turned = BOFTLayer.cayley_batch(None, entry.blocks[level].detach())
+        product = P @ torch.block_diag(*turned) @ P.t() @ product
+    torch.testing.assert_close(entry.rotation().dense().detach(), product, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

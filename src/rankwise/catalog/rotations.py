@@ -172,7 +172,7 @@ def road(*, variant: int = 1, group: int = 64) -> Recipe:
     exports="exact at rank 2r",
     when="When training is long or its learning rate uncertain: the update's norm is bounded, whatever the factors do.",
     tiny={"rank": 2},
-    variants=("delora(rank=2, start='zero')", "delora(rank=2, weight_norms=False)"),
+    variants=("delora(rank=2, strength=0.1, start='zero')", "delora(rank=2, weight_norms=False)"),
 )
 def delora(
     *, rank: int = 8, strength: float = 15.0, weight_norms: bool = True, start: str = "paper", dropout: float = 0.0
