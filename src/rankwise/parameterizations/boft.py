@@ -79,6 +79,7 @@ class BOFT(Parameterization):
         needs = "a block that divides n" if factors == 1 else "an even block, and n a multiple of block · 2^(factors - 1)"
         nearest = max((size for size in fitting if size <= block), default=None) or min(fitting, default=None)
         options = f"use block={nearest} (or one of {fitting[:6]})" if fitting else "use fewer factors"
+        options = options if factors >= 1 else "use factors=1"
         has = f"block {block} and factors {factors} for n = {n}"
         return misfit("boft", site, f"factors >= 1, and {needs}", has, f"{options}, or leave the layer out with where=")
 
