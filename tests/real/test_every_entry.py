@@ -36,9 +36,9 @@ def texts(*shelves: str) -> list[str]:
     return [text for entry in entries for text in (entry.small, *entry.variants)]
 
 
-def on_convolutions() -> list[str]:
-    """Those whose parameterization is their own and claims convolutions."""
-    return [text for text in texts("parameterization") if "conv" in rankwise.compose(text).method.facts.layouts]
+def on(layout: str, *shelves: str) -> list[str]:
+    """Those whose parameterization claims a kind of layer."""
+    return [text for text in texts(*shelves) if layout in rankwise.compose(text).method.facts.layouts]
 
 
 class Subject:
@@ -176,7 +176,7 @@ def lives(subject: Subject, text: str, folder: Path) -> None:
         assert torch.equal(subject.outputs(model, probe), plain), "taken off, the base is as it was"
 
 
-@pytest.mark.parametrize("text", texts(*SHELVES))
+@pytest.mark.parametrize("text", on("linear", *SHELVES))
 def test_on_the_packaged_text_encoder(text: str, tmp_path: Path) -> None:
     lives(encoder(), text, tmp_path)
 
@@ -205,6 +205,6 @@ def test_a_convolution_that_pads_by_itself_is_refused_on_the_path_and_right_in_t
         torch.testing.assert_close(model(x), adapted)
 
 
-@pytest.mark.parametrize("text", on_convolutions())
+@pytest.mark.parametrize("text", on("conv", "parameterization"))
 def test_on_a_packaged_convolutional_net(text: str, tmp_path: Path) -> None:
     lives(photographs(), text, tmp_path)
