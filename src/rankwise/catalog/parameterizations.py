@@ -38,7 +38,7 @@ from rankwise.parameterizations.tucker import TuckerCore
     variants=(
         "lora(rank=2, input_start='orthonormal')",
         "lora(rank=2, conv='reference')",
-        "lora(rank=1, fused=(True, False))",
+        "lora(rank=1, fused=(True, False, True, False))",
     ),
 )
 def lora(

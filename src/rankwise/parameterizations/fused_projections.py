@@ -5,7 +5,8 @@
 A (r·E, n) and B (m/G·E, r) are trained and hold the enabled blocks one after the other: block g of the rows gets B_g A_g,
 with B_g (m/G, r) and A_g (r, n); the rows of the others stay those of W. B starts at 0 and A as in LoRA. It is LoRA on each
 projection by itself, which the rank of one LoRA on the whole weight would mix. Trained numbers r·E·(n + m/G); FLOPs 2r·E·(n +
-m/G) per token; exactly LoRA of rank r·E.
+m/G) per token; exactly LoRA of rank r·E. The roles are fused_A and fused_B, since they are no matrix pair: a step that needs
+A and B would precondition one block with another's factor.
 
 Hu et al.: LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv:2106.09685 (the fused layer of its release).
 """
@@ -97,12 +98,12 @@ class FusedLoRA(Additive):
         self.enabled, self.dropout, self.thin = tuple(map(bool, enabled)), dropout, site.thin
         self.count, self.scale = sum(self.enabled), scale_of(scale, alpha, rank)
         self.rank, self.inner = rank * self.count, rank
-        self.B = nn.Parameter(site.zeros(site.m // len(self.enabled) * self.count, rank))  # (m/G·E, r)
-        self.A = nn.Parameter(site.uniform(rank * self.count, site.n, bound=1.0 / math.sqrt(site.n)))  # (r·E, n)
+        self.fused_B = nn.Parameter(site.zeros(site.m // len(self.enabled) * self.count, rank))  # (m/G·E, r)
+        self.fused_A = nn.Parameter(site.uniform(rank * self.count, site.n, bound=1.0 / math.sqrt(site.n)))  # (r·E, n)
 
     @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
-        return frozenset({"A", "B"})
+        return frozenset({"fused_A", "fused_B"})
 
     @classmethod
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
@@ -124,6 +125,6 @@ class FusedLoRA(Additive):
         ]
 
     def update(self) -> Operator:
-        B = self.B.reshape(self.count, -1, self.inner)
-        update = RowBlocks(B, self.A.reshape(self.count, self.inner, -1), self.enabled, self.scale)
+        B = self.fused_B.reshape(self.count, -1, self.inner)
+        update = RowBlocks(B, self.fused_A.reshape(self.count, self.inner, -1), self.enabled, self.scale)
         return Dropped(update, self.dropout, self.thin) if self.training and self.dropout and self.thin else update
