@@ -41,7 +41,7 @@ def begin(m, n, rank, **options):
 @pytest.mark.parametrize("pairing", ["paper", "peft"])
 @pytest.mark.parametrize(("m", "n", "rank"), SIZES)
 def test_1_update_by_definition(m, n, rank, pairing):
-    model, handle, p, Lambda, Gamma = begin(m, n, rank, pairing=pairing)
+    model, handle, _, Lambda, Gamma = begin(m, n, rank, pairing=pairing)
     mn, N = min(m, n), math.ceil(min(m, n) / rank)
     assert Lambda.shape == (rank, N) and Gamma.shape == (N, mn)
     assert handle.trained_numbers == rank * N + N * mn
@@ -70,7 +70,7 @@ def test_1_peft_gives_the_same_with_its_pairing(m, n, rank):
         put(tensor, value)
     x = randn(5, n, seed=1)
     close(model(x), reference(x), 1e-10)
-    other, adapter, _, *roles = begin(m, n, rank, pairing="paper")
+    _, adapter, _, *roles = begin(m, n, rank, pairing="paper")
     for mine, value in zip(roles, (Lambda, Gamma), strict=True):
         put(mine, value)
     missed = (adapter.update_of("layer").dense() - handle.update_of("layer").dense()).norm()
@@ -100,7 +100,7 @@ def test_2_the_update_has_full_rank(m, n, rank, pairing):
 def test_3_start(pairing):
     layer, x, g = linear(12, 8), randn(9, 8, seed=1), randn(9, 12, seed=2)
     base = layer(x).detach()
-    model, handle, p = adapted(randlora(rank=3, pairing=pairing), layer)
+    model, _, p = adapted(randlora(rank=3, pairing=pairing), layer)
     Lambda, Gamma = p.roles()["Lambda"], p.roles()["Gamma"]
     assert torch.equal(model(x), base)
     assert not Lambda.any() and torch.equal(Gamma, torch.full((3, 8), 1 / 8, dtype=torch.float64))
