@@ -166,7 +166,7 @@ def test_4_blocks_commute():
 
 @pytest.mark.parametrize("mode", ["exact", "neumann"])
 def test_5_shared_blocks_are_equal_blocks(mode):
-    one, handle, p, skew = begin(cayley=mode, share_blocks=True)
+    one, _, p, skew = begin(cayley=mode, share_blocks=True)
     assert skew.shape == (1, 6) and p.blocks().shape == (3, 4, 4)
     two, _, _, rows = begin(cayley=mode)
     put(rows, skew.expand(3, -1))
