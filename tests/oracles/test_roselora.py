@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rankwise as rw
-from tests.oracles.tools import close, linear, put, randn
+from tests.oracles.tools import close, fill, linear, put, randn
 
 roselora = rw.catalog.roselora
 
@@ -59,9 +59,11 @@ def data(m, n, tokens=12):
     return randn(tokens, n, seed=1), randn(tokens, m, seed=2)
 
 
-def run(m, n, steps, batches=None, **options):
-    """(B, A) before training and after every step."""
+def run(m, n, steps, batches=None, generic=False, **options):
+    """(B, A) before training and after every step; `generic`: from a B that is not zero."""
     model, handle, optimizer = begin_training(m, n, **options)
+    if generic:
+        fill(handle, size=0.3)
     history = [tuple(tensor.detach().clone() for tensor in factors(handle))]
     for _ in range(steps):
         one_step(model, handle, optimizer, batches or [data(m, n)])
@@ -135,9 +137,10 @@ SETTING = {"alpha": 3.0, "keep": 0.35, "begin": 2, "end": 7, "smoothing": 0.8}
 
 
 @pytest.mark.parametrize("changed", [{}, {"smoothing": 0.0}, {"clamp": 0.1}, {"begin": 1, "end": 3, "keep": 0.15}])
-def test_2_the_whole_algorithm(changed):
+@pytest.mark.parametrize("generic", [False, True])  # with B = 0 the first importances are zero, however they are weighted
+def test_2_the_whole_algorithm(changed, generic):
     setting = {**SETTING, **changed}
-    found = run(9, 10, 11, rank=3, lr=0.1, **setting)
+    found = run(9, 10, 11, generic=generic, rank=3, lr=0.1, **setting)
     errors = [difference(found, simulated(found[0], data(9, 10), 11, first=t, lr=0.1, **setting)) for t in (0, 1)]
     assert min(errors) < 1e-12
     assert max(errors) > 1e-4  # so the test sees when and how much is pruned
