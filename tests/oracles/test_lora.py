@@ -239,7 +239,7 @@ def test_fused_projections(fused):
     W, b = layer.weight.detach().clone(), layer.bias.detach().clone()
     base = layer(x).detach()
     model, handle, p = adapted(lora(rank=2, alpha=3.0, fused=fused), layer)
-    A, B = p.roles()["A"], p.roles()["B"]
+    A, B = p.roles()["fused_A"], p.roles()["fused_B"]
     assert A.shape == (2 * enabled, 5) and B.shape == (width * enabled, 2)
     assert handle.trained_numbers == 2 * enabled * (5 + width)
     assert torch.equal(model(x), base) and not B.any()

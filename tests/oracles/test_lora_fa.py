@@ -163,8 +163,8 @@ def test_4_a_corrected_step_moves_the_weight_by_the_projected_gradient(alpha, st
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.5])
-def test_4_the_correction_as_a_step_of_its_own(damping):
-    recipe = rw.compose(f"lora_fa(rank=3, alpha=6.0) + lora_fa_correction(damping={damping}) + sgd")
+def test_4_the_damping_of_the_correction(damping):
+    recipe = rw.compose(f"lora_fa(rank=3, alpha=6.0, correct=True, damping={damping}) + sgd")
     G, A, update, _ = one_step(recipe, 0.1)
     corrected = 2 * G @ A.t() @ torch.linalg.inv(A @ A.t() + damping * torch.eye(3, dtype=torch.float64)) / 4
     close(update, -0.1 * 2 * corrected @ A, 1e-12)

@@ -110,18 +110,27 @@ def lora_fa(
     input_start: str = "orthonormal",
     train: str = "B",
     correct: bool = False,
+    damping: float = 1e-8,
 ) -> Recipe:
     """LoRA with a frozen random A, so that only B is trained."""
     if train not in ("A", "B"):
         raise ArgumentError(f"lora_fa trains B, or A as the control of the paper; train={train!r} is neither")
+    if damping != 1e-8 and not correct:
+        raise ArgumentError("damping is that of the corrected gradient; say correct=True, or leave it out")
     if train == "A":
         if input_start != "orthonormal" or correct:
             raise ArgumentError("with train='A' A starts at 0 and B is orthonormal; leave out input_start and correct")
         return adapter(piece(LoRA, rank=rank, alpha=alpha, dropout=dropout, freeze_output=True), name="lora_fa")
-    return adapter(
-        piece(LoRA, rank=rank, alpha=alpha, dropout=dropout, input_start=input_start, freeze_input=True, correct=correct),
-        name="lora_fa",
+    chosen = piece(
+        LoRA,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        input_start=input_start,
+        freeze_input=True,
+        correct=damping if correct else None,
     )
+    return adapter(chosen, name="lora_fa")
 
 
 @entry(

@@ -15,14 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DAMPING = 1e-8  # ε, relative to the mean of the diagonal of A Aᵀ
 
-
-def correct_gradient(B: Tensor, A: Tensor, scale: float) -> Tensor:
-    """B (m, r) as it is, to the bit, with its gradient multiplied by (A Aᵀ)⁻¹ / scale², A (r, n)."""
+def correct_gradient(B: Tensor, A: Tensor, scale: float, damping: float) -> Tensor:
+    """B (m, r) as it is, to the bit, with its gradient multiplied by (A Aᵀ + damping I)⁻¹ / scale², A (r, n)."""
     wide = A.detach().to(torch.promote_types(A.dtype, torch.float32))
     gram = wide @ wide.t()  # (r, r)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.inv(gram + DAMPING * gram.diagonal().mean() * eye).to(B.dtype) / scale**2
+    inverse = torch.linalg.inv(gram + damping * eye).to(B.dtype) / scale**2
     value = B.detach()
     return value + (B - value) @ inverse  # the second term is zero; it is there for its gradient

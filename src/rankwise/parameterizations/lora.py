@@ -56,7 +56,7 @@ class LoRA(Additive):
             right singular vectors of W.
         freeze_input: keep A as it starts and train B from 0.
         freeze_output: keep B at random orthonormal columns and train A from 0, the control of the asymmetry paper.
-        correct: with a frozen A, turn the gradient of B into (1/s²) ∂L/∂B (A Aᵀ)⁻¹ (see `corrected.py`).
+        correct: with a frozen A, ε for which the gradient of B becomes (1/s²) ∂L/∂B (A Aᵀ + ε I)⁻¹ (see `corrected.py`).
     """
 
     A: Tensor
@@ -73,11 +73,13 @@ class LoRA(Additive):
         input_start: str = "kaiming",
         freeze_input: bool = False,
         freeze_output: bool = False,
-        correct: bool = False,
+        correct: float | None = None,
     ) -> None:
         super().__init__()
-        if correct and not freeze_input:
-            raise ArgumentError("correct=True is for a frozen input factor (lora_fa): with A trained, use scaled_gd or reflora")
+        if correct is not None and not freeze_input:
+            raise ArgumentError(
+                "the correction is for a frozen input factor (lora_fa): with A trained, use scaled_gd or reflora"
+            )
         if freeze_input and freeze_output:
             raise ArgumentError("freeze_input and freeze_output together leave nothing to train; choose one")
         if not 0.0 <= dropout < 1.0:
@@ -125,7 +127,9 @@ class LoRA(Additive):
         return frozenset({PRODUCT, INPUT})
 
     def update(self) -> Operator:
-        B = correct_gradient(self.B, self.A, self.scale) if self.correct and torch.is_grad_enabled() else self.B
+        B = self.B
+        if self.correct is not None and torch.is_grad_enabled():
+            B = correct_gradient(B, self.A, self.scale, self.correct)
         update = LowRank(B, self.A, self.scale)
         if self.training and self.dropout and self.thin is not None:
             return Dropped(update, self.dropout, self.thin)
