@@ -271,10 +271,25 @@ def test_full_scale():
         _, handle, p = adapted(lokr(rank=100, alpha=1.0, full_scale=full_scale), linear(M, N))
         fill(handle)
         close(handle.update_of("layer").dense(), kronecker(*factors(p.roles()), scale), 1e-12)
-    # only where both factors are full
-    _, handle, p = adapted(lokr(rank=2, alpha=1.0, full_scale="one"), linear(M, N))
-    fill(handle)
-    close(handle.update_of("layer").dense(), kronecker(*factors(p.roles()), 0.5), 1e-12)
+    # only where both factors are full: D is not, or C is not
+    for options in ({}, {"decompose_both": True, "factor": 16}):
+        _, handle, p = adapted(lokr(rank=2, alpha=1.0, full_scale="one", **options), linear(M, N))
+        assert ("C" in p.roles(), "D" in p.roles()) == ((False, True) if options else (True, False))
+        fill(handle)
+        close(handle.update_of("layer").dense(), kronecker(*factors(p.roles()), 0.5), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rank", "both", "roles"),
+    [
+        (3, False, {"C", "D_B", "D_A"}),  # D is full from r = max(8, 8) / 2 on
+        (4, False, {"C", "D"}),
+        (2, True, {"C_B", "C_A", "D_B", "D_A"}),  # C is decomposed below r = max(6, 4) / 2
+        (3, True, {"C", "D_B", "D_A"}),
+    ],
+)
+def test_which_factors_are_full(rank, both, roles):
+    assert set(adapted(lokr(rank=rank, decompose_both=both), linear(M, N))[2].roles()) == roles
 
 
 def test_merging():

@@ -173,12 +173,11 @@ def test_granularity(kind, granularity):
     assert same_tokens == (granularity != "token") and same_samples == (granularity == "call")
 
 
-@pytest.mark.parametrize("granularity", ["call", "sample"])
 @pytest.mark.parametrize(("depth", "reentrant"), [(0, False), (1, False), (1, True), (3, False)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "granularity"), [*((kind, "call") for kind in KINDS), ("rank", "sample"), ("module", "token")]
+)
 def test_2_gradients_meet_the_mask_of_the_forward(kind, depth, reentrant, granularity):
-    if kind not in ("rank", "module") and granularity != "call":
-        granularity = "call"
     x, g = randn(4, 3, N, seed=1).requires_grad_(True), randn(4, 3, M, seed=2)
     model = Nested(depth, reentrant=reentrant, layers=1)
     W, bias = model.layers[0].weight.detach().clone(), model.layers[0].bias.detach().clone()
