@@ -107,18 +107,19 @@ class FusedLoRA(Additive):
 
     @classmethod
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
-        return arguments.get("rank", 8) * sum(map(bool, arguments["enabled"]))
+        return None  # each block has its own rank, see `problems_at`
 
     @classmethod
     def problems_at(cls, site: Site, **arguments: Any) -> list[Problem]:
-        blocks = len(arguments["enabled"])
-        if blocks and any(arguments["enabled"]) and site.m % blocks == 0:
+        blocks, rank = len(arguments["enabled"]), arguments.get("rank", 8)
+        fits = blocks > 0 and any(arguments["enabled"]) and site.m % blocks == 0
+        if fits and 1 <= rank <= min(site.m // blocks, site.n):
             return []
         return [
             Problem(
                 piece="FusedLoRA",
-                needs="at least one enabled block, and outputs that divide into the blocks",
-                has=f"fused={tuple(arguments['enabled'])} on {site.m} outputs",
+                needs="at least one enabled block, outputs that divide into the blocks, and a rank that fits one block",
+                has=f"fused={tuple(arguments['enabled'])} and rank {rank} on a layer of {site.m} × {site.n}",
                 remedy="say which of the equal parts get an update, (True, False, True) for q and v of a fused q, k, v",
                 sites=(site.name,),
             )
