@@ -89,6 +89,31 @@ CASES: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {
     ("sora", "compat"): ({"threshold": 0.2}, "released"),
     ("relora", "moments"): ({}, 0.5),
 }
+CASES |= {  # parameterizations that multiply the weight
+    ("oft", "block"): ({}, 2),
+    ("oft", "cayley"): ({}, "neumann"),
+    ("oft", "terms"): ({"cayley": "neumann"}, 3),
+    ("oft", "share_blocks"): ({}, True),
+    ("oft", "side"): ({}, "output"),
+    ("oft", "constrain"): ({}, 0.01),
+    ("boft", "block"): ({"factors": 1}, 4),
+    ("boft", "factors"): ({}, 1),
+    ("hra", "rank"): ({}, 6),
+    ("hra", "gram_schmidt"): ({"start": "random"}, True),
+    ("hra", "start"): ({}, "random"),
+    ("ia3", "side"): ({}, "input"),
+    ("ia3", "input_layers"): ({}, ("3",)),
+    ("road", "variant"): ({}, 2),
+    ("road", "group"): ({}, 4),
+    ("delora", "strength"): ({}, 3.0),
+    ("delora", "weight_norms"): ({}, False),
+    ("delora", "start"): ({}, "zero"),
+    ("batched_flora", "mode"): ({}, "residual"),
+    ("batched_flora", "alpha"): ({"mode": "residual"}, 7.0),
+    ("capaboost", "branches"): ({}, 3),
+    ("capaboost", "density"): ({}, 0.8),
+    ("capaboost", "masks"): ({"rank": 4}, "nm"),
+}
 RECIPES = [slug for shelf in SHELVES for slug in rankwise.catalog.names(shelf)]
 ARGUMENTS = [(slug, name) for slug in RECIPES for name in inspect.signature(rankwise.catalog.entry(slug).make).parameters]
 
@@ -142,7 +167,7 @@ def observed(recipe: Recipe) -> dict[str, Tensor]:
 def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     if {key: tensor.shape for key, tensor in one.items()} != {key: tensor.shape for key, tensor in other.items()}:
         return True
-    return any(float((one[key] - other[key]).abs().max()) > 1e-9 for key in one if one[key].numel())
+    return any(float((one[key].double() - other[key].double()).abs().max()) > 1e-9 for key in one if one[key].numel())
 
 
 def built(slug: str, arguments: dict[str, Any]) -> Recipe:
@@ -180,6 +205,10 @@ WITHOUT_EFFECT = [
     "lora_fa(rank=2, train='A', input_start='kaiming')",
     "sora(rung_steps=3)",
     "galore(rank=2, inner=adamw(weight_decay=0.1))",
+    "oft(block=4, terms=3)",
+    "ia3(side='input', input_layers=('3',))",
+    "batched_flora(rank=2, alpha=4)",
+    "capaboost(rank=4, masks='nm', density=0.3)",
 ]
 
 

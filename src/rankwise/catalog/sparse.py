@@ -1,3 +1,64 @@
 """Parameterizations with masks, sparse parts, or one adapter per example."""
 
 from __future__ import annotations
+
+from rankwise.catalog.building import adapter
+from rankwise.core.catalog import Reference, entry
+from rankwise.core.piece import piece
+from rankwise.core.recipe import Recipe
+from rankwise.parameterizations.hadamard_gates import HadamardGates
+from rankwise.parameterizations.masked import Masked
+
+
+@entry(
+    "parameterization",
+    title="Fast LoRA",
+    formula="W ∘ (B A)",
+    reference=Reference("Wen, Chaudhuri", "Batched Low-Rank Adaptation of Foundation Models", 2023, "2312.05677"),
+    trained="r(m + n)",
+    numbers="rank*(m+n)",
+    flops="2*T*m*n*(rank-1)",
+    cost="r runs of the frozen layer in place of one: nothing extra at r = 1",
+    merges="exact",
+    exports="not of low rank: the weight is multiplied entry by entry",
+    when="When every row of a batch has its own adapter and r = 1 suffices; LoRA where one adapter serves the whole batch.",
+    tiny={"rank": 2},
+    variants=("batched_flora", "batched_flora(rank=2, mode='residual')"),
+)
+def batched_flora(*, rank: int = 1, mode: str = "replace", alpha: float | None = None) -> Recipe:
+    """Multiplies the weight entry by entry with B A, which lets every row of a batch have its own adapter."""
+    return adapter(piece(HadamardGates, rank=rank, mode=mode, alpha=alpha), name="batched_flora")
+
+
+@entry(
+    "parameterization",
+    title="CapaBoost",
+    formula="W + s Σ_i (B ∘ M_i)(A ∘ N_i),  fixed random masks",
+    reference=Reference(
+        "Song et al.",
+        "Increasing Model Capacity for Free: A Simple Strategy for Parameter Efficient Fine-tuning",
+        2024,
+        "2407.01320",
+    ),
+    trained="r(m + n)",
+    numbers="rank*(m+n)",
+    flops="2*T*branches*rank*(m+n)",
+    cost="2dr(m + n) FLOPs per token; ρ times that where zeros are skipped",
+    merges="exact",
+    exports="exact at rank d r",
+    when="When a higher rank is wanted for the trained numbers of a lower one, and FLOPs do not matter.",
+    tiny={"rank": 2},
+    variants=("capaboost(rank=2, masks='nm', branches=3)", "capaboost(rank=4, density=1.0, branches=1)"),
+)
+def capaboost(
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    branches: int = 2,
+    density: float = 0.5,
+    masks: str = "uniform",
+    dropout: float = 0.0,
+) -> Recipe:
+    """Adds several randomly masked copies of one pair of factors, so that the rank grows without trained numbers."""
+    chosen = piece(Masked, rank=rank, alpha=alpha, branches=branches, density=density, masks=masks, dropout=dropout)
+    return adapter(chosen, name="capaboost")

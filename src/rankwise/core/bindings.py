@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rankwise.core import routing  # noqa: F401  (registers the passes for one adapter per row)
 from rankwise.core.combinators import Routed, Scaled, Sum
 from rankwise.core.errors import ActivationError, TrainingError
 from rankwise.core.layouts import Layout
@@ -75,10 +76,15 @@ class Adapters(nn.ModuleDict):
             names, rows = self.rows
             chosen: list[Selection] = [((name, 1.0),) if name in self else () for name in names]
             biases = [self.bias(layer, selection) for selection in chosen]
-            return Routed([self.combined(layer, selection) for selection in chosen], rows, biases)
-        if not self.merged and len(self.active) == 1 and self.active[0][1] == 1.0 and self._absorbed() <= {self.active[0][0]}:
-            return self[self.active[0][0]].effective(self.base(layer))
-        return self.combined(layer, self.active)
+            return Routed([self._acting(layer, selection) for selection in chosen], rows, biases)
+        return self._acting(layer, self.active)
+
+    def _acting(self, layer: nn.Module, selection: Selection) -> Operator:
+        """One adapter alone where it may act by itself, else the combination."""
+        alone = not self.merged and len(selection) == 1 and selection[0][1] == 1.0
+        if alone and self._absorbed() <= {selection[0][0]}:
+            return self[selection[0][0]].effective(self.base(layer))
+        return self.combined(layer, selection)
 
     def combined(self, layer: nn.Module, selection: Selection) -> Operator:
         """W₀ + Σ weight · (W' - W₀) + what is merged; exact for every method.

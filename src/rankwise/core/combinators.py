@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.errors import ActivationError
-from rankwise.core.layouts import Layout, LinearLayout
+from rankwise.core.layouts import ConvLayout, EmbeddingLayout, Layout, LinearLayout
 from rankwise.core.operators import Base, LowRank, Operator, compute_dtype
 
 
@@ -112,9 +112,20 @@ class ColumnScale(Operator):
         return self.inner.dense() * self.scale
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
+        if isinstance(layout, EmbeddingLayout):  # the factor of each token is looked up like its column
+            y = self.inner.apply(x, layout)
+            return y * layout.project(x, self.scale.to(y.dtype)[None])
         if not isinstance(layout, LinearLayout):
             return super().apply(x, layout)
-        return self.inner.apply(x * self.scale.to(compute_dtype(x, x.dtype)), layout)
+        return self.inner.apply(self._scaled(x), layout)
+
+    def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        if not isinstance(layout, LinearLayout):
+            return super().affine(x, layout, bias)
+        return self.inner.affine(self._scaled(x), layout, bias)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale.to(compute_dtype(x, x.dtype))
 
 
 class Rotated(Operator):
@@ -128,17 +139,23 @@ class Rotated(Operator):
         return self.inner.shape
 
     def dense(self) -> Tensor:
-        inner, rotation = self.inner.dense(), self.rotation.dense()
-        wide = torch.promote_types(inner.dtype, rotation.dtype)  # a half-precision base meets float32 masters
-        inner, rotation = inner.to(wide), rotation.to(wide)
-        return inner @ rotation if self.side == "input" else rotation @ inner
+        inner = self.inner.dense()
+        inner = inner.to(torch.promote_types(inner.dtype, torch.float32))  # a half-precision base meets float32 masters
+        if self.side == "input":  # rows of `inner` are turned, so that no dense rotation is made where it has a faster way
+            return self.rotation.transposed().apply(inner, LinearLayout())
+        return self.rotation.apply(inner.t(), LinearLayout()).t()
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        if not isinstance(layout, LinearLayout):
-            return super().apply(x, layout)
-        if self.side == "input":
-            return self.inner.apply(self.rotation.apply(x, LinearLayout()), layout)
-        return self.rotation.apply(self.inner.apply(x, layout), LinearLayout())
+        if self.side == "input" and isinstance(layout, LinearLayout):
+            return self.inner.apply(self.rotation.apply(x, layout), layout)
+        if self.side == "output" and not isinstance(layout, ConvLayout):
+            return self.rotation.apply(self.inner.apply(x, layout), LinearLayout())
+        return super().apply(x, layout)
+
+    def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        if self.side == "input" and isinstance(layout, LinearLayout):
+            return self.inner.affine(self.rotation.apply(x, layout), layout, bias)
+        return super().affine(x, layout, bias)
 
 
 class Hadamard(Operator):
@@ -186,10 +203,29 @@ class Dropped(Operator):
         return self.inner.add_to_base(base, x, layout, bias, self.thin(x, self.probability))
 
 
-class Routed(Operator):
-    """A different operator for each row of the batch: row i uses operators[rows[i]]. This loop is the reference.
+RowPass = Callable[[Sequence[Operator], Tensor, Tensor, Layout, Tensor | None], Tensor | None]
+_row_passes: dict[type[Operator], RowPass] = {}
 
-    `dense()` is refused, since there is no one matrix. `serving` has the fast ways for low-rank updates.
+
+def row_pass(kind: type[Operator]) -> Callable[[RowPass], RowPass]:
+    """Registers how a batch with one operator of this kind per row runs in one pass.
+
+    The function takes (operators, rows, x, layout, bias), row i using operators[rows[i]], some of which may be the frozen
+    layer itself, and gives the output with the bias (m,) added where there is one, or None where it does not apply.
+    """
+
+    def keep(function: RowPass) -> RowPass:
+        _row_passes[kind] = function
+        return function
+
+    return keep
+
+
+class Routed(Operator):
+    """A different operator for each row of the batch: row i uses operators[rows[i]].
+
+    Kinds of operators may offer one pass for the whole batch (`row_pass`); the loop here is the reference. `dense()` is
+    refused, since there is no one matrix. `serving` holds many low-rank updates.
 
     Args:
         operators: one per choice.
@@ -208,17 +244,35 @@ class Routed(Operator):
         raise TypeError("a routed operator has one matrix per row of the batch; take dense() of one of its operators")
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        return self._scatter(x, lambda index, part: self.operators[index].apply(part, layout))
+        self._check(x)
+        y = self.together(x, layout, None)
+        return self._scatter(x, lambda index, part: self.operators[index].apply(part, layout)) if y is None else y
 
     def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        self._check(x)
         biases = [bias] * len(self.operators) if self.biases is None else self.biases
-        return self._scatter(x, lambda index, part: self.operators[index].affine(part, layout, biases[index]))
+        own = [other for other in biases if other is not None]
+        common = all(other is own[0] for other in own)
+        y = self.together(x, layout, own[0] if own and common else None)
+        if y is None:
+            return self._scatter(x, lambda index, part: self.operators[index].affine(part, layout, biases[index]))
+        if common:
+            return y
+        chosen = torch.stack(own).index_select(0, self.rows)  # (batch, m)
+        return y + chosen.to(y.dtype).reshape(len(chosen), *(1 for _ in y.shape[2:]), y.shape[-1])
 
-    def _scatter(self, x: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def together(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
+        """All rows in one pass, or None where the operators' kind has none."""
+        kind = next((type(part) for part in self.operators if not isinstance(part, Base)), Base)
+        return _row_passes[kind](self.operators, self.rows, x, layout, bias) if kind in _row_passes else None
+
+    def _check(self, x: Tensor) -> None:
         if self.rows.shape[0] != x.shape[0]:
             raise ActivationError(
                 f"the batch has {x.shape[0]} rows, but {self.rows.shape[0]} adapter names were given; give one name per row"
             )
+
+    def _scatter(self, x: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
         result: Tensor | None = None
         for index in torch.unique(self.rows).tolist():
             chosen = (self.rows == index).nonzero().squeeze(1)

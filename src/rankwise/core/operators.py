@@ -59,6 +59,10 @@ class Operator(ABC):
         """Y + apply(x). May be faster than the two apart; does not write into y."""
         return y + self.apply(x, layout).to(y.dtype)
 
+    def transposed(self) -> Operator:
+        """The transposed map (n, m)."""
+        return Dense(self.dense().t())
+
     def __repr__(self) -> str:
         m, n = self.shape
         return f"{type(self).__name__}({m}, {n})"

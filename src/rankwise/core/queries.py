@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rankwise.core.combinators import ColumnScale, Dropped, RowScale, Scaled, Sum
+from rankwise.core.combinators import ColumnScale, Dropped, Rotated, RowScale, Scaled, Sum
 from rankwise.core.operators import Base, Chain, LowRank, Operator
 from rankwise.core.structured import TensorTrain, Tucker
 
@@ -106,6 +106,19 @@ def _(operator: ColumnScale) -> LowRank | None:
     return None if inner is None else LowRank(inner.B, inner.A * operator.scale, inner.scale)
 
 
+@narrow_form(Rotated)
+def _(operator: Rotated) -> LowRank | None:
+    """W · B A = (W B) A, and B A · W = B (A W): the exact factors depend on W."""
+    pair = as_low_rank(operator.rotation)
+    if pair is None:
+        return None
+    inner = operator.inner.dense()
+    kind = torch.promote_types(inner.dtype, pair.B.dtype)
+    if operator.side == "input":
+        return LowRank(inner.to(kind) @ pair.B.to(kind), pair.A, pair.scale)
+    return LowRank(pair.B, pair.A.to(kind) @ inner.to(kind), pair.scale)
+
+
 @narrow_form(Dropped)
 def _(operator: Dropped) -> LowRank | None:
     return as_low_rank(operator.inner)
@@ -123,16 +136,16 @@ def row_norms(operator: Operator) -> Tensor:
     For a frozen base plus a low-rank update no dense (m, n) matrix is formed:
     ‖w_i + (B A)_i‖² = ‖w_i‖² + 2 ⟨(W Aᵀ)_i, B_i⟩ + B_i (A Aᵀ) B_iᵀ.
     """
-    with _full_precision():
+    with full_precision():
         return _row_norms(operator)
 
 
 def _row_norms(operator: Operator) -> Tensor:
     base, update = _split(operator)
     if base is None or update is None:
-        return _wide(operator.dense()).norm(dim=1)
-    W, pair = _wide(base.dense()), update.folded()
-    B, A = _wide(pair.B), _wide(pair.A)
+        return wide(operator.dense()).norm(dim=1)
+    W, pair = wide(base.dense()), update.folded()
+    B, A = wide(pair.B), wide(pair.A)
     cross = (A @ W.t()).t()  # (m, r): W Aᵀ, with the thin matrix first, which is faster
     half = torch.addmm(cross, B, A @ A.t(), alpha=0.5)  # (m, r): W Aᵀ + ½ B A Aᵀ
     return _root(torch.add(_square_row_norms(base, W), (half * B).sum(1), alpha=2))
@@ -142,9 +155,9 @@ def column_norms(operator: Operator) -> Tensor:
     """(n,) norms of the columns, in at least float32, by the same identity on the transposed factors."""
     base, update = _split(operator)
     if base is None or update is None:
-        return _wide(operator.dense()).norm(dim=0)
-    W, pair = _wide(base.dense()), update.folded()
-    B, A = _wide(pair.B), _wide(pair.A)
+        return wide(operator.dense()).norm(dim=0)
+    W, pair = wide(base.dense()), update.folded()
+    B, A = wide(pair.B), wide(pair.A)
     cross = ((B.t() @ W) * A).sum(0)  # (n,)
     square = (((B.t() @ B) @ A) * A).sum(0)  # (n,)
     return _root(W.square().sum(0) + 2 * cross + square)
@@ -154,9 +167,9 @@ def frobenius(operator: Operator) -> Tensor:
     """The Frobenius norm: ‖B A‖² = tr((BᵀB)(A Aᵀ)) where there are factors."""
     factors = as_low_rank(operator)
     if factors is None:
-        return _wide(operator.dense()).norm()
+        return wide(operator.dense()).norm()
     pair = factors.folded()
-    B, A = _wide(pair.B), _wide(pair.A)
+    B, A = wide(pair.B), wide(pair.A)
     return ((B.t() @ B) * (A @ A.t())).sum().clamp_min(0).sqrt()
 
 
@@ -164,11 +177,11 @@ def svd(operator: Operator) -> SVD:
     """Thin singular value decomposition, signs fixed so that the largest entry of each left vector is positive."""
     factors = as_low_rank(operator)
     if factors is None or factors.rank >= min(operator.shape):
-        U, S, Vh = torch.linalg.svd(_wide(operator.dense()), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(wide(operator.dense()), full_matrices=False)
     else:
         pair = factors.folded()
-        left, left_core = torch.linalg.qr(_wide(pair.B))  # (m, r), (r, r)
-        right, right_core = torch.linalg.qr(_wide(pair.A).t())  # (n, r), (r, r)
+        left, left_core = torch.linalg.qr(wide(pair.B))  # (m, r), (r, r)
+        right, right_core = torch.linalg.qr(wide(pair.A).t())  # (n, r), (r, r)
         u, S, vh = torch.linalg.svd(left_core @ right_core.t())
         U, Vh = left @ u, vh @ right.t()
     signs = torch.gather(U, 0, U.abs().argmax(0, keepdim=True)).sign()  # (1, k)
@@ -176,12 +189,12 @@ def svd(operator: Operator) -> SVD:
     return SVD(U * signs, S, Vh * signs.t())
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """At least float32, so that sums of squares of half-precision weights are right."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _full_precision() -> AbstractContextManager[Any]:
+def full_precision() -> AbstractContextManager[Any]:
     """Autocast switched off: it would take the matrix products under a norm to half precision."""
     for kind in ("cpu", "cuda"):
         if torch.is_autocast_enabled(kind):
