@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapters, model, page, training
+from benchmarks import adapters, model, page, peers, training
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     started = time.monotonic()
     both = model.main_variants()
     main_rows = training.rows(both, rounds=options.rounds)
-    catalog_rows = training.rows(model.catalog_variants(), rounds=max(2, options.rounds // 3))
+    catalog_rows = training.rows(peers.catalog_variants(), rounds=max(2, options.rounds // 3))
     half = [both[0], both[1], model.theirs_in_base_dtype(), *both[2:]]
     half_rows = training.half_precision(half)
     times, mixed = adapters.measured()

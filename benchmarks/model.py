@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +34,8 @@ def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = LlamaForCausalLM(config).to(dtype)
+        made: Any = LlamaForCausalLM(config)
+        model = made.to(dtype)
     model.requires_grad_(False).train()
     model.get_input_embeddings().register_forward_hook(_with_gradient)
     return model
@@ -78,7 +78,7 @@ def ours(name: str, recipe: Recipe, target: float | None = None) -> Variant:
 
     def make(model: nn.Module) -> tuple[nn.Module, Any]:
         handle = rankwise.adapt_(model, recipe)
-        _leave_start(model)
+        leave_start(model)
         return model, handle
 
     return Variant(name, "rankwise", make, target)
@@ -93,14 +93,14 @@ def theirs(name: str, kind: str, arguments: Mapping[str, Any], **options: Any) -
         config = getattr(peft, kind)(target_modules=list(LINEARS), **arguments)
         adapted = peft.get_peft_model(model, config, **options)
         adapted.train()
-        _leave_start(adapted)
+        leave_start(adapted)
         return adapted, None
 
     return Variant(name, "PEFT", make)
 
 
 @torch.no_grad()
-def _leave_start(model: nn.Module) -> None:
+def leave_start(model: nn.Module) -> None:
     """Moves trained tensors off their start, where zeros could be cheaper."""
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
@@ -129,14 +129,3 @@ def theirs_in_base_dtype() -> Variant:
     """PEFT's LoRA without its float32 adapters, which make each layer keep a float32 copy of its input."""
     lora = {"r": RANK, "lora_alpha": RANK}
     return theirs("LoRA, autocast_adapter_dtype=False", "LoraConfig", lora, autocast_adapter_dtype=False)
-
-
-def catalog_variants() -> list[Variant]:
-    """Every parameterization of the catalog, at the benchmark's rank where it has one."""
-    rows = []
-    for slug in rankwise.catalog.names("parameterization"):
-        function = getattr(rankwise.catalog, slug)
-        ranked = "rank" in inspect.signature(function).parameters
-        name = f"{slug}(rank={RANK})" if ranked else f"{slug}()"
-        rows.append(ours(name, function(rank=RANK) if ranked else function()))
-    return rows

@@ -318,7 +318,7 @@ ON_EVERY_LAYER: tuple[Check, ...] = (
     check_scale_is_applied,
     check_shared_tensors_once,
 )
-ON_LINEAR: tuple[Check, ...] = (
+ON_ONE_LAYER: tuple[Check, ...] = (
     check_compiles,
     check_same_seed_same_result,
     check_global_generators_untouched,

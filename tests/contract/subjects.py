@@ -58,6 +58,11 @@ LAYERS = (
 LINEAR = LAYERS[0]
 
 
+def first_kind(subject: Subject) -> LayerKind:
+    """The kind of layer for checks that need one only: a linear one where the subject takes it."""
+    return next(kind for kind in LAYERS if fits(subject, kind))
+
+
 class One(nn.Module):
     """A model with one layer."""
 

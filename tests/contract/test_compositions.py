@@ -34,7 +34,7 @@ def texts(shelf: str) -> list[str]:
     return [text for entry in entries for text in (entry.small, *entry.variants)]
 
 
-PARAMETERIZATIONS = texts("parameterization")
+PARAMETERIZATIONS = [text for text in texts("parameterization") if "linear" in rankwise.compose(text).method.facts.layouts]
 OTHERS = {shelf: texts(shelf) for shelf in ("start", "step", "perturbation", "schedule", "procedure")}
 # A host for pairs of other pieces: one that trains what they need.
 HOSTS = {"schedule": "gated_lora(rank=2, form='sora')"}

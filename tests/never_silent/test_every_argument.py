@@ -78,7 +78,7 @@ CASES: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {
     ("bar", "strength"): ({}, 5.0),
     ("bar", "decay_steps"): ({}, 3),
     ("bar", "decay"): ({"decay_steps": 5}, "cosine"),
-    ("adalora", "target_rank"): ({}, 1),
+    ("adalora", "target_rank"): ({}, 2),
     ("adalora", "orthogonality"): ({}, 5.0),
     ("adalora", "beta1"): ({"rank": 4, "target_rank": 1}, 0.0),
     ("adalora", "beta2"): ({"rank": 4, "target_rank": 1}, 0.0),

@@ -134,3 +134,76 @@ def test_6_no_input_is_kept_for_backward(needs_input_gradient):
     assert (13, 6) in kept_shapes(rw.catalog.lora(rank=3), x)  # the measurement sees it where it is there
     assert (13, 6) not in kept_shapes(lora_fa(rank=3), x)
     assert kept_shapes(lora_fa(rank=3), x) == [(13, 3)]
+
+
+def one_step(recipe, lr, *, alpha=None, random_a=True, steps=1, **options):
+    """(G of the first step, A, update after the steps, optimizer) on a linear loss, whose gradient does not change."""
+    x, g = randn(11, 6, seed=1), randn(11, 7, seed=2)
+    model, handle, p = adapted(recipe, linear(7, 6))
+    if random_a:
+        put(p.A, randn(3, 6, seed=8))
+    optimizer = handle.optimizer(lr=lr, **options)
+    for _ in range(steps):
+        G = backward(model, x, g)
+        handle.after_backward()
+        optimizer.step()
+        handle.after_step()
+    return G, p.A.clone(), handle.update_of("layer").dense().detach(), (optimizer, p)
+
+
+@pytest.mark.parametrize("alpha", [3.0, 7.0])
+@pytest.mark.parametrize("start", ["orthonormal", "kaiming"])
+def test_4_a_corrected_step_moves_the_weight_by_the_projected_gradient(alpha, start):
+    recipe = rw.compose(lora_fa(rank=3, alpha=alpha, input_start=start, correct=True), "sgd")
+    G, A, update, _ = one_step(recipe, 0.1, random_a=start == "kaiming")
+    close(update, -0.1 * G @ A.t() @ torch.linalg.inv(A @ A.t()) @ A, 1e-6)  # the damping of 1e-8 is still there
+    s, eye = alpha / 3, torch.eye(3, dtype=torch.float64)
+    corrected = s * G @ A.t() @ torch.linalg.inv(A @ A.t() + 1e-8 * eye) / s**2
+    close(update, -0.1 * s * corrected @ A, 1e-12)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.5])
+def test_4_the_damping_of_the_correction(damping):
+    recipe = rw.compose(f"lora_fa(rank=3, alpha=6.0, correct=True, damping={damping}) + sgd")
+    G, A, update, _ = one_step(recipe, 0.1)
+    corrected = 2 * G @ A.t() @ torch.linalg.inv(A @ A.t() + damping * torch.eye(3, dtype=torch.float64)) / 4
+    close(update, -0.1 * 2 * corrected @ A, 1e-12)
+
+
+def test_4_the_correction_changes_nothing_for_orthonormal_rows_and_scale_one():
+    plain, corrected = (
+        one_step(rw.compose(lora_fa(rank=3, alpha=3.0, correct=correct), "sgd"), 0.1, random_a=False, steps=4)[2]
+        for correct in (False, True)
+    )
+    close(corrected, plain, 1e-7)
+    other = one_step(rw.compose(lora_fa(rank=3, alpha=6.0, correct=True), "sgd"), 0.1, random_a=False, steps=4)[2]
+    close(other, plain, 1e-7)  # and it takes the scale out
+
+
+def test_4_moments_are_kept_of_the_corrected_gradient():
+    recipe = lora_fa(rank=3, alpha=6.0, correct=True)
+    G, A, _, (optimizer, p) = one_step(recipe, 0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    corrected = 2 * G @ A.t() @ torch.linalg.inv(A @ A.t()) / 4
+    (B,) = p.roles().values()
+    state = {name.rsplit(".", 1)[-1]: value for name, value in optimizer.state[B].items()}
+    close(state["exp_avg"], 0.1 * corrected, 1e-6)
+    close(state["exp_avg_sq"], 0.01 * corrected.square(), 1e-6)
+    close(B.detach(), -0.1 * corrected.sign(), 1e-5)  # Adam's first step
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_2_the_correction_is_gradient_descent_in_the_row_space(correct):
+    """With whitened inputs one corrected step of rate 1/2 solves the least squares; without it, a long A makes it diverge."""
+    X, Y = torch.linalg.qr(randn(40, 6, seed=1))[0], randn(40, 6, seed=2)
+    layer = linear(6, 6, bias=False)
+    W = layer.weight.detach().clone()
+    model, handle, p = adapted(rw.compose(lora_fa(rank=3, alpha=6.0, correct=correct), "sgd"), layer)
+    put(p.A, 3 * randn(3, 6, seed=8))
+    optimizer, Z = handle.optimizer(lr=0.5), X @ p.A.t()
+    (model(X) - Y).square().sum().backward()
+    handle.after_backward()
+    optimizer.step()
+    handle.after_step()
+    best = torch.linalg.lstsq(Z, Y - X @ W.t()).solution.t() @ p.A
+    reached = (handle.update_of("layer").dense().detach() - best).norm() / best.norm()
+    assert (reached < 1e-6) if correct else (reached > 10)

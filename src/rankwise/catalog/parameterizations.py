@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rankwise.catalog.building import OWN, adapter
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.errors import ArgumentError
@@ -9,9 +11,11 @@ from rankwise.core.piece import Piece, piece
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.block_affine import BlockAffine
 from rankwise.parameterizations.full import Full
+from rankwise.parameterizations.fused_projections import FusedLoRA
 from rankwise.parameterizations.gated import GatedLoRA
 from rankwise.parameterizations.lora import LoRA
 from rankwise.parameterizations.magnitude import Magnitude
+from rankwise.parameterizations.reference_conv import ReferenceConvLoRA
 from rankwise.parameterizations.shard_share import ShardShare
 from rankwise.parameterizations.shared_bank import SharedBank
 from rankwise.parameterizations.small_core import SmallCore
@@ -31,12 +35,36 @@ from rankwise.parameterizations.tucker import TuckerCore
     tiny={"rank": 2},
     numbers="rank*(m+n)",
     flops="2*T*rank*(m+n)",
-    variants=("lora(rank=2, input_start='orthonormal')",),
+    variants=(
+        "lora(rank=2, input_start='orthonormal')",
+        "lora(rank=2, conv='reference')",
+        "lora(rank=1, fused=(True, False, True, False))",
+    ),
 )
 def lora(
-    *, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, input_start: str = "kaiming", scale: str = "lora"
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    input_start: str = "kaiming",
+    scale: str = "lora",
+    conv: str = "factor",
+    fused: Sequence[bool] | None = None,
 ) -> Recipe:
     """A trained low-rank correction B A beside each frozen weight."""
+    if conv not in ("factor", "reference"):
+        raise ArgumentError(
+            f"conv is 'factor' (down to r channels, up pointwise) or 'reference' (the first release), not {conv!r}"
+        )
+    if (conv == "reference" or fused is not None) and input_start != "kaiming":
+        raise ArgumentError("conv='reference' and fused= start A as LoRA does; leave out input_start")
+    if conv == "reference" and fused is not None:
+        raise ArgumentError("conv='reference' is for convolutions and fused= for projections in one weight; use one of them")
+    if conv == "reference":
+        return adapter(piece(ReferenceConvLoRA, rank=rank, alpha=alpha, dropout=dropout, scale=scale), name="lora")
+    if fused is not None:
+        blocks = tuple(map(bool, fused))
+        return adapter(piece(FusedLoRA, enabled=blocks, rank=rank, alpha=alpha, dropout=dropout, scale=scale), name="lora")
     return adapter(piece(LoRA, rank=rank, alpha=alpha, dropout=dropout, input_start=input_start, scale=scale), name="lora")
 
 
@@ -72,20 +100,37 @@ def rslora(*, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Recip
     tiny={"rank": 2},
     numbers="rank*m",
     flops="2*T*rank*(m+n)",
+    variants=("lora_fa(rank=2, correct=True)",),
 )
 def lora_fa(
-    *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, input_start: str = "orthonormal", train: str = "B"
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    input_start: str = "orthonormal",
+    train: str = "B",
+    correct: bool = False,
+    damping: float = 1e-8,
 ) -> Recipe:
     """LoRA with a frozen random A, so that only B is trained."""
     if train not in ("A", "B"):
         raise ArgumentError(f"lora_fa trains B, or A as the control of the paper; train={train!r} is neither")
+    if damping != 1e-8 and not correct:
+        raise ArgumentError("damping is that of the corrected gradient; say correct=True, or leave it out")
     if train == "A":
-        if input_start != "orthonormal":
-            raise ArgumentError("with train='A' A starts at 0 and B is orthonormal; leave out input_start")
+        if input_start != "orthonormal" or correct:
+            raise ArgumentError("with train='A' A starts at 0 and B is orthonormal; leave out input_start and correct")
         return adapter(piece(LoRA, rank=rank, alpha=alpha, dropout=dropout, freeze_output=True), name="lora_fa")
-    return adapter(
-        piece(LoRA, rank=rank, alpha=alpha, dropout=dropout, input_start=input_start, freeze_input=True), name="lora_fa"
+    chosen = piece(
+        LoRA,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        input_start=input_start,
+        freeze_input=True,
+        correct=damping if correct else None,
     )
+    return adapter(chosen, name="lora_fa")
 
 
 @entry(

@@ -30,7 +30,7 @@ def scheduling(schedule: Piece, parameterization: Piece, *, name: str) -> Recipe
     merges="exact",
     exports="exact at the rank that is left",
     when="When layers differ much in what they need and the run is long enough to find out (thousands of steps).",
-    tiny={"rank": 3, "target_rank": 1, "total_steps": 6, "warmup_steps": 1, "final_steps": 2},
+    tiny={"rank": 3, "target_rank": 1, "total_steps": 8, "warmup_steps": 1, "final_steps": 2},
 )
 def adalora(
     *,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankwise.core import merge
 from rankwise.core.bank import Bank, attach_bank, detach_bank
 from rankwise.core.bindings import TAKEN_NAMES, Adapters, activate_, adapted_layers, attach, detach
+from rankwise.core.bypass import bypass_of
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import ArgumentError, RecipeError, TargetError, did_you_mean, shorten
 from rankwise.core.fingerprint import fingerprint_of
@@ -29,7 +30,7 @@ from rankwise.core.recipe import Recipe
 from rankwise.core.sites import site_of
 from rankwise.core.statistics import LayerStatistics, Statistic, collect_at, default_loss
 from rankwise.core.step import Step
-from rankwise.core.targets import Target, Where, find_targets, reader_of
+from rankwise.core.targets import Target, Where, find_targets
 
 Statistics = Mapping[str, LayerStatistics]
 
@@ -84,7 +85,7 @@ def build_(
         raise ArgumentError(f"binding is 'path' or 'weight', not {binding!r}")
     auxiliary = _auxiliary(model, train_also)
     targets, skipped = find_targets(model, where, exclude=train_also)
-    _check_readers(model, targets, binding)
+    _check_paths(model, targets, binding)
     masks = MaskStream(seed)
     sites = {site: site_of(target, seed, masks) for site, target in targets.items()}
     filled = stored is not None or (statistics is None and not recipe.needs)
@@ -204,14 +205,11 @@ def _check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def _check_readers(model: nn.Module, targets: Mapping[str, Target], binding: str) -> None:
-    for site in targets:
-        reader = reader_of(model, site)
-        if reader is not None and binding == "path":
-            raise TargetError(
-                f"{site}: {reader} reads this weight without calling the layer, so an adapter on its path would never act; "
-                "use binding='weight'"
-            )
+def _check_paths(model: nn.Module, targets: Mapping[str, Target], binding: str) -> None:
+    for site in targets if binding == "path" else ():
+        reason = bypass_of(model, site)
+        if reason is not None:
+            raise TargetError(f"{site}: {reason}, so an adapter on its path would be wrong; use binding='weight'")
 
 
 def _auxiliary(model: nn.Module, train_also: Sequence[str]) -> dict[str, nn.Parameter]:

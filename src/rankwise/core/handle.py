@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankwise.core import merge, training
 from rankwise.core.bank import BANKS, Bank, bank_of, detach_bank
 from rankwise.core.bindings import Adapters, activate_, adapted_layers, detach
+from rankwise.core.coverage import coverage_of, summary_of
 from rankwise.core.errors import MergeError, TargetError, TrainingError, did_you_mean
 from rankwise.core.freezing import thaw
 from rankwise.core.operators import LowRank, Operator
@@ -123,24 +124,10 @@ class Handle:
 
     def coverage(self) -> str:
         """What was adapted, what was not and why, as a table."""
-        lines = [f"adapter {self.name!r}: {self.recipe.name} on {len(self.targets)} layers, {self.trained_numbers:,} numbers"]
-        for site, target in self.targets.items():
-            roles = ", ".join(f"{role} {tuple(p.shape)}" for role, p in self.parameterization(site).roles().items())
-            lines.append(f"  adapted      {site}  {type(target.module).__name__} {target.m}×{target.n}  {roles}")
-        lines += [f"  trained too  {name}  {tuple(p.shape)}" for name, p in self.auxiliary.items()]
-        lines += [f"  left out     {name}  {reason}" for name, reason in self.skipped.items()]
-        unfinished = self.unfinished()
-        lines += [] if unfinished is None else [f"  unfinished   {unfinished}"]
-        return "\n".join(lines)
+        return coverage_of(self)
 
     def __repr__(self) -> str:
-        trained, total = self.trained_numbers, sum(p.numel() for p in self.model.parameters())
-        extra = f" and {len(self.auxiliary)} whole tensors" if self.auxiliary else ""
-        left = f", {len(self.skipped)} layers left out (see coverage())" if self.skipped else ""
-        return (
-            f"Handle({self.name!r}: {self.recipe.name} on {len(self.targets)} layers{extra}, "
-            f"{trained:,} of {total:,} numbers trained{left})"
-        )
+        return summary_of(self)
 
     # -- training ------------------------------------------------------------------------------------------------------
 

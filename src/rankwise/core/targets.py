@@ -136,6 +136,8 @@ def find_targets(model: nn.Module, where: Where, exclude: Iterable[str] = ()) ->
 def _whole_group(
     model: nn.Module, modules: dict[str, nn.Module], where: str, exclude: tuple[str, ...]
 ) -> tuple[dict[str, Target], dict[str, str]]:
+    from rankwise.core.bypass import bypass_of  # which looks at targets itself
+
     heads = output_heads(model)
     targets: dict[str, Target] = {}
     skipped: dict[str, str] = {}
@@ -149,8 +151,8 @@ def _whole_group(
             skipped[name] = f"output head, left out by where={where!r}; name it in where= to adapt it"
         elif target.layout.kind not in _GROUPS[where]:
             skipped[name] = f"{type(module).__name__}, not in where={where!r}"
-        elif reader_of(model, name) is not None:
-            skipped[name] = f"its weight is read directly by {reader_of(model, name)}; adapt it with binding='weight'"
+        elif (reason := bypass_of(model, name)) is not None:
+            skipped[name] = f"{reason}; adapt it with binding='weight'"
         else:
             targets[name] = target
     if not targets:
@@ -193,15 +195,6 @@ def output_heads(model: nn.Module) -> set[str]:
     if head is not None:
         heads |= {name for name, module in model.named_modules() if module is head}
     return heads
-
-
-def reader_of(model: nn.Module, name: str) -> str | None:
-    """The module that reads this layer's weight without calling the layer, if there is one."""
-    parent_name = name.rpartition(".")[0]
-    parent = model.get_submodule(parent_name) if parent_name else model
-    if isinstance(parent, nn.MultiheadAttention):
-        return f"{parent_name or type(parent).__name__} (MultiheadAttention)"
-    return None
 
 
 def tied_with(model: nn.Module, name: str) -> list[str]:

@@ -98,7 +98,7 @@ class SavedBytes:
     """Adds up what autograd keeps for backward while it is active, each storage once, without the given tensors."""
 
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
-        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+        self._ignored = {part.untyped_storage().data_ptr() for tensor in ignored for part in _storages(tensor.detach())}
         self._kept: dict[int, Tensor] = {}  # holding the tensors keeps their addresses from being used again
         self._hooks: Any = None
 
@@ -108,9 +108,10 @@ class SavedBytes:
         return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address and address not in self._ignored:
-            self._kept.setdefault(address, tensor.detach())
+        for part in _storages(tensor.detach()):
+            address = part.untyped_storage().data_ptr()
+            if address and address not in self._ignored:
+                self._kept.setdefault(address, part)
         return tensor
 
     def __enter__(self) -> SavedBytes:
@@ -218,3 +219,12 @@ def _training(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             model.train(was)
+
+
+def _storages(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or the parts that a sparse one is made of."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._values(), tensor._indices()]
+    return [tensor.values(), tensor.crow_indices(), tensor.col_indices()]

@@ -29,6 +29,7 @@ from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
 from rankwise.core.piece import register
 from rankwise.core.queries import svd
+from rankwise.parameterizations.corrected import correct_gradient
 
 SCALES = ("lora", "rslora", "constant")
 
@@ -55,6 +56,7 @@ class LoRA(Additive):
             right singular vectors of W.
         freeze_input: keep A as it starts and train B from 0.
         freeze_output: keep B at random orthonormal columns and train A from 0, the control of the asymmetry paper.
+        correct: with a frozen A, ε for which the gradient of B becomes (1/s²) ∂L/∂B (A Aᵀ + ε I)⁻¹ (see `corrected.py`).
     """
 
     A: Tensor
@@ -71,8 +73,13 @@ class LoRA(Additive):
         input_start: str = "kaiming",
         freeze_input: bool = False,
         freeze_output: bool = False,
+        correct: float | None = None,
     ) -> None:
         super().__init__()
+        if correct is not None and not freeze_input:
+            raise ArgumentError(
+                "the correction is for a frozen input factor (lora_fa): with A trained, use scaled_gd or reflora"
+            )
         if freeze_input and freeze_output:
             raise ArgumentError("freeze_input and freeze_output together leave nothing to train; choose one")
         if not 0.0 <= dropout < 1.0:
@@ -85,6 +92,7 @@ class LoRA(Additive):
                 self.register_buffer(role, factor)
             else:
                 self.register_parameter(role, nn.Parameter(factor))
+        self.correct = correct
 
     def _draw(self, site: Site) -> tuple[Tensor, Tensor]:
         """B (m, r) and A (r, n) with B A = 0. The zero sits in A for an embedding, whose columns are looked up one by one."""
@@ -119,7 +127,10 @@ class LoRA(Additive):
         return frozenset({PRODUCT, INPUT})
 
     def update(self) -> Operator:
-        update = LowRank(self.B, self.A, self.scale)
+        B = self.B
+        if self.correct is not None and torch.is_grad_enabled():
+            B = correct_gradient(B, self.A, self.scale, self.correct)
+        update = LowRank(B, self.A, self.scale)
         if self.training and self.dropout and self.thin is not None:
             return Dropped(update, self.dropout, self.thin)
         return update

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core.bindings import adapted_layers
+from rankwise.core.bypass import bypass_of
 from rankwise.core.errors import ActivationError, ArgumentError, shorten
 from rankwise.core.fingerprint import check_fingerprint, weight_hash
 from rankwise.core.layouts import LinearLayout
-from rankwise.core.targets import Target, find_targets, reader_of
+from rankwise.core.targets import Target, find_targets
 from rankwise.serving.backends import RUN, pick
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def _check_layers(bank: AdapterBank, model: nn.Module, targets: dict[str, Target
             raise ActivationError(
                 f"{site} is {target.m}×{target.n} in this model, the bank's adapters there are {shape[0]}×{shape[1]}"
             )
-        if reader_of(model, site) is not None:
-            raise ActivationError(f"{site}: {reader_of(model, site)} reads this weight without a call, so rows cannot differ")
+        reason = bypass_of(model, site)
+        if reason is not None:
+            raise ActivationError(f"{site}: {reason}, so rows cannot differ")
         if bank.backend == "gathered" and not isinstance(target.layout, LinearLayout):
             raise ArgumentError(
                 f"{site} is a {target.layout.kind} layer, which backend='gathered' cannot do; use 'auto' or 'segmented'"
