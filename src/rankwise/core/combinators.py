@@ -70,10 +70,14 @@ class Scaled(Operator):
 
 
 class RowScale(Operator):
-    """diag(scale) · inner, scale (m,): one factor per output. The bias stays outside."""
+    """diag(scale) · inner, scale (m,): one factor per output.
 
-    def __init__(self, inner: Operator, scale: Tensor) -> None:
-        self.inner, self.scale = inner, scale
+    The bias stays outside. With `whole` the frozen layer's output is scaled bias and all, and `affine` is only called with
+    the bias that the method's `adapted_bias` gives.
+    """
+
+    def __init__(self, inner: Operator, scale: Tensor, *, whole: bool = False) -> None:
+        self.inner, self.scale, self.whole = inner, scale, whole
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,6 +91,9 @@ class RowScale(Operator):
         return layout.scale_output(y, self.scale.to(y.dtype))
 
     def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        if self.whole and isinstance(self.inner, Base):
+            y = self.inner.forward(x)
+            return layout.scale_output(y, self.scale.to(y.dtype))
         terms = self.inner.terms if isinstance(self.inner, Sum) else ()
         if len(terms) == 2 and isinstance(terms[0], Base) and isinstance(terms[1], LowRank):
             fused = terms[1].add_to_base(terms[0], x, layout, bias, gain=self.scale)
@@ -129,10 +136,13 @@ class ColumnScale(Operator):
 
 
 class Rotated(Operator):
-    """inner · rotation (side="input", rotation (n, n)) or rotation · inner (side="output", rotation (m, m))."""
+    """inner · rotation (side="input", rotation (n, n)) or rotation · inner (side="output", rotation (m, m)).
 
-    def __init__(self, inner: Operator, rotation: Operator, *, side: str) -> None:
-        self.inner, self.rotation, self.side = inner, rotation, side
+    `whole`, for the output side: see `RowScale`.
+    """
+
+    def __init__(self, inner: Operator, rotation: Operator, *, side: str, whole: bool = False) -> None:
+        self.inner, self.rotation, self.side, self.whole = inner, rotation, side, whole
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -155,6 +165,8 @@ class Rotated(Operator):
     def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
         if self.side == "input" and isinstance(layout, LinearLayout):
             return self.inner.affine(self.rotation.apply(x, layout), layout, bias)
+        if self.whole and isinstance(self.inner, Base) and not isinstance(layout, ConvLayout):
+            return self.rotation.apply(self.inner.forward(x), LinearLayout())
         return super().affine(x, layout, bias)
 
 

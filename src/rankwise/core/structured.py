@@ -57,8 +57,11 @@ class BlockDiagonal(Operator):
         if not isinstance(layout, LinearLayout):
             return super().apply(x, layout)
         blocks = self.blocks.to(compute_dtype(x, self.blocks.dtype))
-        parts = x.reshape(-1, blocks.shape[0], blocks.shape[2]).to(blocks.dtype).permute(1, 2, 0)  # (k, q, tokens)
-        y = torch.bmm(blocks, parts).flatten(0, 1).t()  # (tokens, m): tokens last inside, which is faster for small blocks
+        parts = x.reshape(-1, blocks.shape[0], blocks.shape[2]).to(blocks.dtype)  # (tokens, k, q)
+        if blocks.shape[2] < 16:  # tokens last inside: faster for small blocks, and not for large ones
+            y = torch.bmm(blocks, parts.permute(1, 2, 0)).flatten(0, 1).t().contiguous()
+        else:
+            y = torch.bmm(parts.transpose(0, 1), blocks.mT).transpose(0, 1)
         return y.reshape(*x.shape[:-1], self.shape[0])
 
 

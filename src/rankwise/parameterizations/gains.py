@@ -101,7 +101,7 @@ class Gains(Parameterization):
 
     def forward(self, base: Operator) -> Operator:
         if self.side == "output":
-            return RowScale(base, self.gain)
+            return RowScale(base, self.gain, whole=True)
         if isinstance(self.layout, ConvLayout):
             return ChannelScale(base, self.gain, self.layout)
         return ColumnScale(base, self.gain)

@@ -119,7 +119,7 @@ class RoAd(Parameterization):
         return PairRotation(cosine, sine, self.group)
 
     def forward(self, base: Operator) -> Operator:
-        return Rotated(base, self.rotation(), side="output")
+        return Rotated(base, self.rotation(), side="output", whole=True)
 
     def adapted_bias(self, bias: Tensor) -> Tensor:
         return self.rotation().apply(bias, LinearLayout()).to(bias.dtype)
