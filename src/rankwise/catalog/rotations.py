@@ -9,8 +9,8 @@ from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.boft import BOFT
 from rankwise.parameterizations.delora import DeLoRA
-from rankwise.parameterizations.gains import Gains
 from rankwise.parameterizations.hra import Householder
+from rankwise.parameterizations.ia3 import IA3
 from rankwise.parameterizations.oft import OFT
 from rankwise.parameterizations.road import RoAd
 
@@ -131,7 +131,7 @@ def hra(*, rank: int = 8, gram_schmidt: bool = False, start: str = "paired") -> 
 )
 def ia3(*, side: str = "output", input_layers: tuple[str, ...] = ()) -> Recipe:
     """Scales every output of a layer, or every input of those named, by one trained factor."""
-    return adapter(piece(Gains, side=side, input_layers=input_layers), name="ia3")
+    return adapter(piece(IA3, side=side, input_layers=input_layers), name="ia3")
 
 
 @entry(

@@ -60,7 +60,7 @@ class ChannelScale(Operator):
 
 
 @register("parameterization")
-class Gains(Parameterization):
+class IA3(Parameterization):
     """W' = diag(l) W with the bias, or W diag(l).
 
     Args:
