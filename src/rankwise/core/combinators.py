@@ -116,6 +116,11 @@ class ColumnScale(Operator):
             return super().apply(x, layout)
         return self.inner.apply(x * self.scale.to(compute_dtype(x, x.dtype)), layout)
 
+    def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        if not isinstance(layout, LinearLayout):
+            return super().affine(x, layout, bias)
+        return self.inner.affine(x * self.scale.to(compute_dtype(x, x.dtype)), layout, bias)
+
 
 class Rotated(Operator):
     """inner · rotation (side="input", rotation (n, n)) or rotation · inner (side="output", rotation (m, m))."""
