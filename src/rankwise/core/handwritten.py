@@ -77,11 +77,13 @@ class RemadeLinear(Handwritten):
         """Gradients of the factors from G = dL/dM (m, n), which may be overwritten."""
 
     def plain(self, *tensors: Any) -> Tensor:
+        """M x + b in ordinary torch."""
         x, weight, bias, *factors = tensors
         return F.linear(x, self.make(weight, *factors)[0].to(x.dtype), bias)
 
     def gradients(self, gradient: Tensor, needs: tuple[bool, ...], *tensors: Any) -> Tensors:
-        x, weight, bias, *factors = tensors
+        """Of x by M made again, of the factors by `pull`."""
+        x, weight, _, *factors = tensors
         matrix, made = self.make(weight, *factors)
         x_gradient = gradient @ matrix.to(gradient.dtype) if needs[0] else None  # (…, n)
         if not any(needs[3:]):

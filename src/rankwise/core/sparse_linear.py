@@ -21,10 +21,12 @@ class SparseLinear(Handwritten):
         return weight.reshape(-1).index_add(0, flat, values.to(weight.dtype)).view(weight.shape)
 
     def plain(self, *tensors: Any) -> Tensor:
+        """By a copy of W with the values added."""
         x, weight, bias, values, flat = tensors
         return F.linear(x, self._matrix(weight, values, flat), bias)
 
     def gradients(self, gradient: Tensor, needs: tuple[bool, ...], *tensors: Any) -> Tensors:
+        """Of x by the copy made again, of the values by `product_at`."""
         x, weight, _, values, flat = tensors
         x_gradient = gradient @ self._matrix(weight, values, flat) if needs[0] else None  # (…, n)
         g, rows = gradient.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])  # (T, m), (T, n)

@@ -18,7 +18,7 @@ from rankwise.core.sparse_linear import SparseLinear
 
 
 def kron(left: Tensor, right: Tensor) -> Tensor:
-    """left ⊗ right; torch.kron refuses some strides that `contiguous` leaves as they are (sides of length one)."""
+    """The product left ⊗ right; torch.kron refuses some strides that `contiguous` leaves as they are (sides of length one)."""
     product = left[:, None, :, None] * right[None, :, None, :]  # (m₁, m₂, n₁, n₂)
     return product.reshape(left.shape[0] * right.shape[0], -1)
 
@@ -37,7 +37,8 @@ class Kronecker(Operator):
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """m₁, n₁, m₂, n₂."""
-        return *self.left.shape, self.right[0].shape[0], self.right[-1].shape[1]
+        m1, n1 = self.left.shape
+        return m1, n1, self.right[0].shape[0], self.right[-1].shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
