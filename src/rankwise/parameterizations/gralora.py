@@ -92,6 +92,11 @@ class GraLoRA(Additive):
         dropout: probability of dropping an input of the update's branch.
     """
 
+    block_A: Tensor
+    block_B: Tensor
+    A: Tensor
+    B: Tensor
+
     def __init__(
         self,
         site: Site,

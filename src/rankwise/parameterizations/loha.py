@@ -4,8 +4,8 @@
 
 A₂ starts at zero, so W' = W; the others start kaiming-uniform U(±1/√fan_in) ("zero"), or, as LyCORIS has it, B₁ as
 N(0, 0.1²), the A's as N(0, 1) and B₂ at zero ("lycoris"). `tucker` gives each factor of a convolution with a kernel larger
-than one its Tucker form, B_c = P_cᵀ and A_c[a, (i, kernel)] = Σ_b T_c[a, b, kernel] Q_c[b, i], with T (r, r, kernel…), P (r, m),
-Q (r, in/groups); Q₂ starts at zero. Elsewhere the kernel is flattened into n. Trained numbers 2r(m + n).
+than one its Tucker form, B_c = P_cᵀ and A_c[a, (i, kernel)] = Σ_b T_c[a, b, kernel] Q_c[b, i], with T (r, r, kernel…),
+P (r, m), Q (r, in/groups); Q₂ starts at zero. Elsewhere the kernel is flattened into n. Trained numbers 2r(m + n).
 
 It is exactly LoRA of rank r²: row by row the products of B₁ and B₂ make (m, r²), column by column those of A₁ and A₂ make
 (r², n). That form or the matrix itself is applied, whichever is fewer operations over forward and backward (`factored`); no
@@ -74,6 +74,7 @@ class LoHa(Additive):
     def _draw(self, site: Site) -> dict[str, Tensor]:
         """The factors by role, with (B₁ A₁) ∘ (B₂ A₂) = 0."""
         r, lycoris = self.rank, self.start == "lycoris"
+        shapes: dict[str, tuple[int, ...]]
         shapes = {"P": (r, site.m), "Q": (r, site.shape[1])} if self.tucker else {"B": (site.m, r), "A": (r, site.n)}
         if self.tucker:
             shapes["T"] = (r, r, *site.shape[2:])
@@ -100,7 +101,7 @@ class LoHa(Additive):
         if not self.tucker:
             return named["B1"], named["A1"], named["B2"], named["A2"]
         B1, B2 = named["P1"].t(), named["P2"].t()  # (m, r)
-        A1, A2 = (torch.tensordot(named[f"T{c}"], named[f"Q{c}"], ([1], [0])).movedim(-1, 1) for c in (1, 2))
+        A1, A2 = (torch.einsum("ab...,bi->ai...", named[f"T{c}"], named[f"Q{c}"]) for c in (1, 2))
         return B1, A1.flatten(1), B2, A2.flatten(1)  # A (r, in/groups · kernel)
 
     def update(self) -> Operator:

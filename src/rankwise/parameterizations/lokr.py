@@ -123,7 +123,7 @@ class LoKr(Additive):
             return named["D"].flatten(1)
         if "D_B" in named:
             return named["D_B"], named["D_A"]
-        expanded = torch.tensordot(named["T"], named["Q"], ([1], [0])).movedim(-1, 1)  # (r, n₂, kernel…)
+        expanded = torch.einsum("ab...,bi->ai...", named["T"], named["Q"])  # (r, n₂, kernel…)
         return named["P"].t(), expanded.flatten(1)
 
     def update(self) -> Operator:
