@@ -48,7 +48,7 @@ class MaskStream:
         return {"seed": self.seed, "forwards": self.forwards, "counting": self.counting, "recording": self.recording, **fresh}
 
     def start_forward(self, model: Any = None, *_: object) -> None:
-        """Called once per forward of the model, as its forward pre-hook."""
+        """Called once per forward of the model, as its forward pre-hook; one that is repeated inside backward is none."""
         if self.counting or self.recording:
             cast(Any, _eagerly)(self._next_forward, model)
 
@@ -57,6 +57,8 @@ class MaskStream:
         self.forwards, self.counting = forwards, forwards > 0
 
     def _next_forward(self, model: Any) -> None:
+        if inside_backward():
+            return
         self._shared, self.counting = None, True
         if self._pending is not None:
             if not self._pending:
