@@ -88,6 +88,26 @@ CASES: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {
     ("sora", "rung_steps"): ({"threshold": (0.01, 0.05), "rung_steps": 4}, 2),
     ("sora", "compat"): ({"threshold": 0.2}, "released"),
     ("relora", "moments"): ({}, 0.5),
+    ("loha", "tucker"): ({}, True),
+    ("loha", "start"): ({}, "lycoris"),
+    ("lokr", "factor"): ({}, 4),
+    ("lokr", "decompose_both"): ({"rank": 1, "factor": 4}, True),
+    ("lokr", "full_scale"): ({"rank": 100, "alpha": 7.0}, "one"),
+    ("lokr", "tucker"): ({"rank": 1}, True),
+    ("lokr", "zero"): ({}, "D"),
+    ("gralora", "rank"): ({}, 8),
+    ("gralora", "blocks"): ({}, 4),
+    ("gralora", "hybrid_rank"): ({}, 2),
+    ("fourierft", "frequencies"): ({}, 5),
+    ("fourierft", "scale"): ({}, 30.0),
+    ("fourierft", "location_seed"): ({}, 1),
+    ("c3a", "block"): ({}, 2),
+    ("shira", "rank"): ({}, 1),
+    ("shira", "mask"): ({}, "magnitude"),
+    ("lora_dropout", "kind"): ({"probability": 0.4}, "rank"),
+    ("lora_dropout", "probability"): ({}, 0.4),
+    ("lora_dropout", "rescale"): ({"probability": 0.4}, False),
+    ("lora_dropout", "granularity"): ({"probability": 0.4, "kind": "rank"}, "sample"),
 }
 RECIPES = [slug for shelf in SHELVES for slug in rankwise.catalog.names(shelf)]
 ARGUMENTS = [(slug, name) for slug in RECIPES for name in inspect.signature(rankwise.catalog.entry(slug).make).parameters]
@@ -180,6 +200,8 @@ WITHOUT_EFFECT = [
     "lora_fa(rank=2, train='A', input_start='kaiming')",
     "sora(rung_steps=3)",
     "galore(rank=2, inner=adamw(weight_decay=0.1))",
+    "lora_dropout(rank=2, kind='input', granularity='sample')",
+    "lora_dropout(rank=2, kind='output', granularity='token')",
 ]
 
 

@@ -33,7 +33,7 @@ from rankwise.parameterizations.shira import SHiRA
     tiny={"rank": 2},
     numbers="2*rank*(m+n)",
     flops="2*T*rank**2*(m+n) if 6*T*rank**2*(m+n) < 2*T*m*n + 16*m*n*rank else 4*m*n*rank",
-    variants=("loha(rank=2, tucker=True)", "loha(rank=2, start='lycoris')", "loha(rank=6, alpha=3)"),
+    variants=("loha(rank=2, tucker=True)", "loha(rank=2, start='lycoris')", "loha(rank=4, alpha=3)"),
 )
 def loha(
     *, rank: int = 8, alpha: float | None = None, tucker: bool = False, start: str = "zero", dropout: float = 0.0
@@ -147,7 +147,7 @@ def gralora(*, rank: int = 32, alpha: float = 64.0, blocks: int = 2, hybrid_rank
     tiny={"frequencies": 2},
     numbers="frequencies",
     flops="4*T*frequencies*(m+n) if 4*frequencies*(m+n) < 15*(m*log2(m) + n*log2(n)) else 0",
-    variants=("fourierft(frequencies=80, location_seed=5)",),
+    variants=("fourierft(frequencies=20, location_seed=5)",),
 )
 def fourierft(*, frequencies: int = 1000, scale: float = 150.0, location_seed: int = 777) -> Recipe:
     """A few waves at fixed random frequencies, whose amplitudes are trained."""

@@ -27,7 +27,8 @@ from rankwise.core.errors import Problem
 from rankwise.core.operators import Operator
 from rankwise.core.parameterization import Additive, Site
 from rankwise.core.piece import register
-from rankwise.parameterizations.waves import Waves
+from rankwise.parameterizations.plan import Plan, can_plan
+from rankwise.parameterizations.waves import Waves, halves
 
 
 @register("parameterization")
@@ -45,7 +46,7 @@ class FourierFT(Additive):
 
     def __init__(self, site: Site, *, frequencies: int = 1000, scale: float = 150.0, location_seed: int = 777) -> None:
         super().__init__()
-        self.scale, self.size = float(scale), (site.m, site.n)
+        self.scale, self.size, self.plan = float(scale), (site.m, site.n), Plan()
         positions = torch.zeros(2, frequencies, dtype=torch.int64)
         if not site.blank:
             generator = torch.Generator().manual_seed(location_seed)
@@ -74,7 +75,17 @@ class FourierFT(Additive):
         ]
 
     def update(self) -> Operator:
-        return Waves(self.coefficients, self.positions, self.size, self.scale)
+        return Waves(self.coefficients, self.positions, self.size, self.scale, self._known())
+
+    def _known(self) -> Tensor | None:
+        """What `waves` needs to know of the positions, kept until they change."""
+        if torch.compiler.is_compiling() or not can_plan([self.positions]):
+            return None
+        known = self.plan.find([self.positions])
+        if known is None:
+            known = halves(self.positions, self.size)
+            self.plan.keep([self.positions], known)
+        return known
 
     def restart(self, site: Site) -> None:
         self.coefficients.zero_()

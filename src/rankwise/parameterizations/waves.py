@@ -30,15 +30,22 @@ def _matrix(coefficients: Tensor, positions: Tensor, size: tuple[int, int], scal
     return torch.fft.ifft2(spectrum).real * scale
 
 
-def _half(positions: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Waves by half frequencies, ordered: row p' <= m/2, column q' <= n/2, the sign of X's imaginary part, and the order."""
+def halves(positions: Tensor, size: tuple[int, int]) -> Tensor:
+    """(2, 4, n_f): the waves by half frequencies, forward and, with inputs and outputs exchanged, backward.
+
+    Ordered rows p' <= m/2, columns q' <= n/2, the signs of X's imaginary parts, and that order.
+    """
+    return torch.stack([_half(positions, size), _half(positions.flip(0), size[::-1])])
+
+
+def _half(positions: Tensor, size: tuple[int, ...]) -> Tensor:
     (p, q), (m, n) = positions, size
     q = torch.where(2 * p > m, (n - q) % n, q)
     p = torch.where(2 * p > m, m - p, p)
     sign = torch.where(2 * q > n, 1, -1)
     q = torch.where(2 * q > n, n - q, q)
     order = torch.argsort(p * n + q)
-    return p[order], q[order], sign[order], order
+    return torch.stack([p[order], q[order], sign[order], order])
 
 
 def _transformed(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,20 +57,19 @@ def _transformed(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Waved(Handwritten):
     """(x (T, n), c, positions) -> y (T, m) in x's dtype, float32 or float64."""
 
-    def __init__(self, size: tuple[int, int], scale: float) -> None:
-        self.size, self.scale = size, scale
+    def __init__(self, size: tuple[int, int], scale: float, known: Tensor) -> None:
+        self.size, self.scale, self.known = size, scale, known
 
     def plain(self, *tensors: Any) -> Tensor:
         x, coefficients, positions = tensors
         return F.linear(x, _matrix(coefficients, positions, self.size, self.scale).to(x.dtype))
 
     def value(self, *tensors: Any) -> Tensor:
-        x, coefficients, positions = tensors
-        return self._through(_transformed(x), coefficients, positions, self.size)
+        x, coefficients, _ = tensors
+        return self._through(_transformed(x), coefficients, self.known[0], self.size)
 
-    def _through(self, spectrum: tuple[Tensor, Tensor], c: Tensor, positions: Tensor, size: tuple[int, int]) -> Tensor:
-        m, n = size
-        rows, columns, sign, order = _half(positions, size)
+    def _through(self, spectrum: tuple[Tensor, Tensor], c: Tensor, half: Tensor, size: tuple[int, ...]) -> Tensor:
+        (m, n), (rows, columns, sign, order) = size, half
         starts = torch.searchsorted(rows, torch.arange(m // 2 + 1, device=rows.device))
         edge = (rows == 0) | (2 * rows == m)  # frequencies that are their own mirror image
         weight = c[order].to(spectrum[0].dtype) * torch.where(edge, 1.0, 0.5).to(spectrum[0].dtype) * (self.scale / n)
@@ -71,25 +77,30 @@ class _Waved(Handwritten):
             F.embedding_bag(columns, part.t(), starts, mode="sum", per_sample_weights=w)
             for part, w in zip(spectrum, (weight, weight * sign), strict=True)
         )
-        return torch.fft.irfft(torch.complex(real, imaginary).t(), n=m)
+        joined = real.new_empty(real.shape[1], real.shape[0], 2)  # (T, frequencies, 2)
+        joined[..., 0], joined[..., 1] = real.t(), imaginary.t()
+        return torch.fft.irfft(torch.view_as_complex(joined), n=m)
 
     def gradients(self, gradient: Tensor, needs: tuple[bool, ...], *tensors: Any) -> Tensors:
-        x, coefficients, positions = tensors
+        x, coefficients, _ = tensors
         (m, n), g = self.size, _transformed(gradient)
-        x_gradient = self._through(g, coefficients, positions.flip(0), (n, m)) if needs[0] else None
+        x_gradient = self._through(g, coefficients, self.known[1], (n, m)) if needs[0] else None
         if not needs[1]:
             return x_gradient, None, None
-        rows, columns, sign, order = _half(positions, self.size)
+        rows, columns, sign, order = self.known[0]
         flat, spectrum = rows * (n // 2 + 1) + columns, _transformed(x)
         total = product_at(g[0], spectrum[0], flat) + sign * product_at(g[1], spectrum[1], flat)
         return x_gradient, torch.empty_like(total).index_copy(0, order, total * (self.scale / (m * n))), None
 
 
 class Waves(Operator):
-    """A sum of plane waves with amplitudes (n_f,) at integer positions (2, n_f)."""
+    """A sum of plane waves with amplitudes (n_f,) at integer positions (2, n_f); `known` is their `halves`, where kept."""
 
-    def __init__(self, coefficients: Tensor, positions: Tensor, size: tuple[int, int], scale: float) -> None:
+    def __init__(
+        self, coefficients: Tensor, positions: Tensor, size: tuple[int, int], scale: float, known: Tensor | None = None
+    ) -> None:
         self.coefficients, self.positions, self.size, self.scale = coefficients, positions, size, scale
+        self.known = known
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,7 +137,8 @@ class Waves(Operator):
         wide = x.reshape(-1, x.shape[-1]).to(torch.promote_types(dtype, torch.float32))  # there is no transform of bfloat16
         if not wide.shape[0]:
             return super().apply(x, layout)
-        y = _Waved(self.size, self.scale)(wide, self.coefficients, self.positions)
+        known = halves(self.positions, self.size) if self.known is None else self.known
+        y = _Waved(self.size, self.scale, known)(wide, self.coefficients, self.positions)
         return y.reshape(*x.shape[:-1], self.size[0]).to(dtype)
 
 
