@@ -108,6 +108,26 @@ CASES: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {
     ("sora", "rung_steps"): ({"threshold": (0.01, 0.05), "rung_steps": 4}, 2),
     ("sora", "compat"): ({"threshold": 0.2}, "released"),
     ("relora", "moments"): ({}, 0.5),
+    ("loha", "tucker"): ({}, True),
+    ("loha", "start"): ({}, "lycoris"),
+    ("lokr", "factor"): ({}, 4),
+    ("lokr", "decompose_both"): ({"rank": 1, "factor": 4}, True),
+    ("lokr", "full_scale"): ({"rank": 100, "alpha": 7.0}, "one"),
+    ("lokr", "tucker"): ({"rank": 1}, True),
+    ("lokr", "zero"): ({}, "D"),
+    ("gralora", "rank"): ({}, 8),
+    ("gralora", "blocks"): ({}, 4),
+    ("gralora", "hybrid_rank"): ({}, 2),
+    ("fourierft", "frequencies"): ({}, 5),
+    ("fourierft", "scale"): ({}, 30.0),
+    ("fourierft", "location_seed"): ({}, 1),
+    ("c3a", "block"): ({}, 2),
+    ("shira", "rank"): ({}, 1),
+    ("shira", "mask"): ({}, "magnitude"),
+    ("lora_dropout", "kind"): ({"probability": 0.4}, "rank"),
+    ("lora_dropout", "probability"): ({}, 0.4),
+    ("lora_dropout", "rescale"): ({"probability": 0.4}, False),
+    ("lora_dropout", "granularity"): ({"probability": 0.4, "kind": "rank"}, "sample"),
 }
 CASES |= {  # parameterizations that multiply the weight
     ("oft", "block"): ({}, 2),
@@ -229,6 +249,8 @@ WITHOUT_EFFECT = [
     "ia3(side='input', input_layers=('3',))",
     "batched_flora(rank=2, alpha=4)",
     "capaboost(rank=4, masks='nm', density=0.3)",
+    "lora_dropout(rank=2, kind='input', granularity='sample')",
+    "lora_dropout(rank=2, kind='output', granularity='token')",
 ]
 
 

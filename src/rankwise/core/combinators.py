@@ -40,7 +40,7 @@ class Sum(Operator):
     def _run(self, x: Tensor, layout: Layout, bias: Tensor | None, *, linear_only: bool) -> Tensor:
         first, rest = self.terms[0], self.terms[1:]
         y = None
-        if isinstance(first, Base) and rest and isinstance(rest[0], LowRank | Dropped):
+        if isinstance(first, Base) and rest:
             y = rest[0].add_to_base(first, x, layout, bias)
             if y is not None:
                 rest = rest[1:]
@@ -191,10 +191,11 @@ class Dropped(Operator):
         inner: the operator.
         probability: of dropping an input.
         thin: x, probability -> x̃, as `Site.thin` does (see `MaskStream`).
+        kept: what multiplies the result; 1 - probability undoes the rescaling of x̃.
     """
 
-    def __init__(self, inner: Operator, probability: float, thin: Callable[[Tensor, float], Tensor]) -> None:
-        self.inner, self.probability, self.thin = inner, probability, thin
+    def __init__(self, inner: Operator, probability: float, thin: Callable[[Tensor, float], Tensor], kept: float = 1.0) -> None:
+        self.inner, self.probability, self.thin, self.kept = inner, probability, thin, kept
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -205,12 +206,14 @@ class Dropped(Operator):
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
         if not x.is_floating_point():  # token numbers cannot be thinned; drop the looked-up channels instead
-            return self.thin(self.inner.apply(x, layout), self.probability)
-        return self.inner.apply(self.thin(x, self.probability), layout)
+            y = self.thin(self.inner.apply(x, layout), self.probability)
+        else:
+            y = self.inner.apply(self.thin(x, self.probability), layout)
+        return y if self.kept == 1.0 else y * self.kept
 
     def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
         """See `LowRank.add_to_base`."""
-        if not isinstance(self.inner, LowRank) or not isinstance(layout, LinearLayout):
+        if not isinstance(self.inner, LowRank) or not isinstance(layout, LinearLayout) or self.kept != 1.0:
             return None
         return self.inner.add_to_base(base, x, layout, bias, self.thin(x, self.probability))
 

@@ -63,6 +63,10 @@ class Operator(ABC):
         """The transposed map (n, m)."""
         return Dense(self.dense().t())
 
+    def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
+        """The frozen layer's whole output plus this update, x -> W x + b + apply(x), where one go is faster; else None."""
+        return None
+
     def __repr__(self) -> str:
         m, n = self.shape
         return f"{type(self).__name__}({m}, {n})"

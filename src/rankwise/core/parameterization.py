@@ -40,6 +40,7 @@ class Site:
         seed: of the adapter.
         dtype, device: for new trained tensors.
         thin: thins an input by dropout: x, probability -> x̃ (see `MaskStream`).
+        mask: draws a mask of the layer's own: input, shape, probability, dtype -> mask (see `MaskStream`).
         bank: tensors shared between the adapter's sites, where the method declared some.
         shape: of the weight tensor in matrix orientation with its modes kept, (out, in, kernel…).
         statistics: what `collect` gathered at this layer, for methods whose `needs_of` asks for some.
@@ -56,6 +57,7 @@ class Site:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     thin: Callable[[Tensor, float], Tensor] | None = None
+    mask: Callable[[Tensor, Sequence[int], float, torch.dtype], Tensor] | None = None
     bank: Bank | None = None
     shape: tuple[int, ...] = ()
     statistics: LayerStatistics | None = None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankwise.core.combinators import ColumnScale, Dropped, Rotated, RowScale, Scaled, Sum
 from rankwise.core.operators import Base, Chain, LowRank, Operator
-from rankwise.core.structured import TensorTrain, Tucker
+from rankwise.core.structured import Kronecker, TensorTrain, Tucker, kron
 
 
 class SVD(NamedTuple):
@@ -73,6 +73,13 @@ def _(operator: Tucker) -> LowRank | None:
 @narrow_form(TensorTrain)
 def _(operator: TensorTrain) -> LowRank | None:
     return LowRank(*operator.halves(), operator.scale)
+
+
+@narrow_form(Kronecker)
+def _(operator: Kronecker) -> LowRank | None:
+    left_B, left_A = _halves(operator.left)
+    right_B, right_A = operator.right if len(operator.right) == 2 else _halves(operator.right[0])
+    return LowRank(kron(left_B, right_B), kron(left_A, right_A), operator.scale)
 
 
 @narrow_form(Sum)
@@ -197,6 +204,13 @@ def svd(operator: Operator) -> SVD:
     signs = torch.gather(U, 0, U.abs().argmax(0, keepdim=True)).sign()  # (1, k)
     signs = torch.where(signs == 0, torch.ones_like(signs), signs)
     return SVD(U * signs, S, Vh * signs.t())
+
+
+def _halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix and an identity on its shorter side."""
+    m, n = matrix.shape
+    identity = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device)
+    return (identity, matrix) if m < n else (matrix, identity)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -38,7 +40,7 @@ class MaskStream:
         self.recording = False  # whether the forwards of a step are kept for a second pass
         self._recorded: list[int] = []
         self._pending: list[int] | None = None  # during a second pass: forwards still to be repeated
-        self._shared: tuple[weakref.ref[Tensor], int, float, str, Tensor, Tensor, Any] | None = None
+        self._shared: tuple[weakref.ref[Tensor], int, float, str, Callable[[], Tensor], Tensor, Any] | None = None
         self._calls: OrderedDict[tuple[str, float], tuple[int, str]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class MaskStream:
         return {"seed": self.seed, "forwards": self.forwards, "counting": self.counting, "recording": self.recording, **fresh}
 
     def start_forward(self, model: Any = None, *_: object) -> None:
-        """Called once per forward of the model, as its forward pre-hook."""
+        """Called once per forward of the model, as its forward pre-hook; one that is repeated inside backward is none."""
         if self.counting or self.recording:
             cast(Any, _eagerly)(self._next_forward, model)
 
@@ -55,6 +57,8 @@ class MaskStream:
         self.forwards, self.counting = forwards, forwards > 0
 
     def _next_forward(self, model: Any) -> None:
+        if inside_backward():
+            return
         self._shared, self.counting = None, True
         if self._pending is not None:
             if not self._pending:
@@ -100,29 +104,47 @@ class MaskStream:
         return cast(Any, _eagerly)(self._thin, x, probability, site)
 
     def _thin(self, x: Tensor, probability: float, site: str) -> Tensor:
-        if not self.counting:  # the first mask of all, in a forward that was not counted
-            self.forwards, self.counting = self.forwards + 1, True
+        self._count()
         if self._shared is not None:
-            reference, version, kept, owner, mask, thinned, keeper = self._shared
+            reference, version, kept, owner, draw, thinned, keeper = self._shared
             if reference() is x and version == x._version and kept == probability:
                 self._remember(x, site, owner)
                 same = keeper is _keeper() and thinned.requires_grad == (x.requires_grad and torch.is_grad_enabled())
-                return thinned if same else x * mask
-        forward, owner = self.forwards, site
-        if inside_backward():  # backward: a checkpointed layer runs again
-            found = self._calls.get((site, _probe(x)))
-            if found is None:
-                raise TrainingError(
-                    f"gradient checkpointing runs {site} again with an input that no forward is remembered for, so its dropout "
-                    "mask cannot be repeated; call backward() closer to its forward, or set dropout=0"
-                )
-            forward, owner = found
-        else:
-            self._remember(x, site, site)
-        mask = _mask(x, probability, generator_for(self.seed, "mask", forward, owner, device=x.device))
-        thinned = x * mask
-        self._shared = (weakref.ref(x, self._release), x._version, probability, owner, mask, thinned, _keeper())
+                return thinned if same else _thinned(x, draw)
+        forward, owner = self._call_of(x, site)
+        draw = functools.partial(_drawn, self.seed, (forward, owner), x.shape, x.dtype, x.device, probability)
+        thinned = _thinned(x, draw)
+        self._shared = (weakref.ref(x, self._release), x._version, probability, owner, draw, thinned, _keeper())
         return thinned
+
+    def mask(self, x: Tensor, shape: Sequence[int], probability: float, dtype: torch.dtype, site: str) -> Tensor:
+        """A mask of a layer's own, of any shape, as `thin` draws it; x, the layer's input, tells forwards apart.
+
+        Raises:
+            TrainingError: a recomputation asks for a forward that is no longer remembered.
+        """
+        return cast(Any, _eagerly)(self._own, x, shape, probability, dtype, site)
+
+    def _own(self, x: Tensor, shape: Sequence[int], probability: float, dtype: torch.dtype, site: str) -> Tensor:
+        self._count()
+        return _drawn(self.seed, self._call_of(x, site), shape, dtype, x.device, probability)
+
+    def _count(self) -> None:
+        if not self.counting:  # the first mask of all, in a forward that was not counted
+            self.forwards, self.counting = self.forwards + 1, True
+
+    def _call_of(self, x: Tensor, site: str) -> tuple[int, str]:
+        """(forward, who asked first), of this call or of the one that is repeated inside backward."""
+        if not inside_backward():
+            self._remember(x, site, site)
+            return self.forwards, site
+        found = self._calls.get((site, _probe(x)))  # a checkpointed layer runs again
+        if found is None:
+            raise TrainingError(
+                f"gradient checkpointing runs {site} again with an input that no forward is remembered for, so its dropout "
+                "mask cannot be repeated; call backward() closer to its forward, or set dropout=0"
+            )
+        return found
 
     def _release(self, reference: weakref.ref[Tensor]) -> None:
         """The input is gone, so nobody will share its x̃, which holds on to the graph."""
@@ -159,18 +181,40 @@ def _keeper() -> Any:
     return None if hooks is None else hooks[0]
 
 
-def _mask(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """A mask of x's shape and dtype with mean one: 16 random bits decide about each entry.
+def _drawn(
+    seed: int, key: tuple[object, ...], shape: Sequence[int], dtype: torch.dtype, device: torch.device, probability: float
+) -> Tensor:
+    """A mask with mean one, all zeros at probability 1: 16 random bits decide about each entry.
 
     Four entries share a draw of 64 bits, which takes a sixth of the time of `bernoulli_`.
     """
-    count = x.numel()
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
-    bits = words.view(torch.int16)[:count].view(x.shape)
+    if probability >= 1:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    generator = generator_for(seed, "mask", *key, device=device)
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    bits = words.view(torch.int16)[:count].view(*shape)
     dropped = min(round(probability * 2**16), 2**16 - 1)  # of 65536 equally likely values
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mask = torch.empty(*shape, dtype=dtype, device=device)
     torch.ge(bits, dropped - 2**15, out=mask)
     return mask.mul_(2**16 / (2**16 - dropped))
+
+
+class _Thinned(torch.autograd.Function):
+    """X times a mask that is drawn again in backward, so that nothing is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        ctx.draw = draw
+        return x * draw()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Thinned.apply(gradients[0], ctx.draw), None
+
+
+def _thinned(x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+    return x * draw() if torch._C._are_functorch_transforms_active() else _Thinned.apply(x, draw)
 
 
 def _probe(x: Tensor) -> float:

@@ -8,32 +8,84 @@ from dataclasses import replace
 from typing import TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.core.handwritten import frozen_linear, sums_in_full
 from rankwise.core.layouts import ConvLayout, Layout, LinearLayout
-from rankwise.core.operators import Operator, compute_dtype
+from rankwise.core.operators import Base, Operator, compute_dtype
+from rankwise.core.sparse_linear import SparseLinear
+
+
+def kron(left: Tensor, right: Tensor) -> Tensor:
+    """The product left ⊗ right; torch.kron refuses some strides that `contiguous` leaves as they are (sides of length one)."""
+    product = left[:, None, :, None] * right[None, :, None, :]  # (m₁, m₂, n₁, n₂)
+    return product.reshape(left.shape[0] * right.shape[0], -1)
 
 
 class Kronecker(Operator):
-    """left ⊗ right, left (m₁, n₁), right (m₂, n₂), shape (m₁m₂, n₁n₂). Applied factor by factor: (L ⊗ R) vec = vec(L X Rᵀ)."""
+    """scale · left ⊗ right, left (m₁, n₁), right (m₂, n₂) or two factors of it, shape (m₁m₂, n₁n₂).
 
-    def __init__(self, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-        self.left, self.right, self.scale = left, right, scale
+    Applied factor by factor, (L ⊗ R) vec = vec(L X Rᵀ), in the order that is cheaper. In a convolution n₂ holds the kernel, and
+    R is a convolution of n₂ channels on n₁ stacks of them.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor | tuple[Tensor, Tensor], scale: float = 1.0) -> None:
+        self.left, self.scale = left, scale
+        self.right = right if isinstance(right, tuple) else (right,)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """m₁, n₁, m₂, n₂."""
+        m1, n1 = self.left.shape
+        return m1, n1, self.right[0].shape[0], self.right[-1].shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1]
+        m1, n1, m2, n2 = self.sizes
+        return m1 * m2, n1 * n2
+
+    @property
+    def left_first(self) -> bool:
+        """Whether L X comes first: m₁(n₁ n₂ + ρ) < n₁(ρ + m₁ m₂), with ρ multiplications for R."""
+        m1, n1, m2, n2 = self.sizes
+        right = sum(factor.numel() for factor in self.right)
+        return m1 * (n1 * n2 + right) < n1 * (right + m1 * m2)
 
     def dense(self) -> Tensor:
-        return torch.kron(self.left.contiguous(), self.right.contiguous()) * self.scale
+        right = self.right[0] if len(self.right) == 1 else self.right[0] @ self.right[1]
+        return kron(self.left, right) * self.scale
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        if not isinstance(layout, LinearLayout):
-            return super().apply(x, layout)
         dtype = compute_dtype(x, self.left.dtype)
-        left, right = (self.left * self.scale).to(dtype), self.right.to(dtype)
-        grid = x.reshape(*x.shape[:-1], left.shape[1], right.shape[1]).to(dtype)  # (…, n₁, n₂)
-        return (left @ (grid @ right.t())).reshape(*x.shape[:-1], self.shape[0])
+        left, right = (self.left * self.scale).to(dtype), [factor.to(dtype) for factor in self.right]
+        m1, n1, m2, n2 = self.sizes
+        if isinstance(layout, ConvLayout):
+            return self._convolve(x, layout, left, right)
+        if not isinstance(layout, LinearLayout):  # token c n₂ + d: column c of L times column d of R
+            columns = F.embedding(x % n2, right[-1].t())
+            columns = columns if len(right) == 1 else F.linear(columns, right[0])  # (…, m₂)
+            return (F.embedding(x // n2, left.t()).unsqueeze(-1) * columns.unsqueeze(-2)).flatten(-2)
+        grid = x.reshape(-1, n1, n2).to(dtype)  # (T, n₁, n₂)
+        if self.left_first:
+            grid = torch.bmm(left.expand(grid.shape[0], m1, n1), grid)
+        for factor in reversed(right):
+            grid = grid @ factor.t()
+        if not self.left_first:
+            grid = torch.bmm(left.expand(grid.shape[0], m1, n1), grid)
+        return grid.reshape(*x.shape[:-1], m1 * m2)
+
+    def _convolve(self, x: Tensor, layout: ConvLayout, left: Tensor, right: list[Tensor]) -> Tensor:
+        m1, n1, m2, _ = self.sizes
+        if layout.groups > 1 or layout.channels % n1:
+            return super().apply(x, layout)
+        one = replace(layout, channels=layout.channels // n1)
+        spatial = x.dim() - len(layout.kernel) - 1  # 1, or 0 for a single example without a batch
+        stacks = x.to(left.dtype).reshape(-1, one.channels, *x.shape[spatial + 1 :])
+        z = one.project(stacks, right[-1])
+        z = z if len(right) == 1 else one.expand(z, right[0])  # (batch · n₁, m₂, positions…)
+        y = left @ z.reshape(-1, n1, m2 * z[0, 0].numel())  # (batch, m₁, m₂ · positions)
+        return y.reshape(*x.shape[:spatial], m1 * m2, *z.shape[2:])
 
 
 class BlockDiagonal(Operator):
@@ -78,6 +130,12 @@ class Sparse(Operator):
     def dense(self) -> Tensor:
         zeros = self.values.new_zeros(self._shape)
         return zeros.index_put((self.rows, self.columns), self.values, accumulate=True)
+
+    def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
+        frozen = frozen_linear(base, x, layout, bias)
+        if frozen is None or not sums_in_full(frozen[0]):
+            return None
+        return SparseLinear()(*frozen, self.values, self.rows * self._shape[1] + self.columns)
 
 
 class Tucker(Operator):

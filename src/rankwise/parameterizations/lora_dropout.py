@@ -1,0 +1,164 @@
+"""LoRA under dropout of any kind: which axis is masked, how often a mask is drawn, and whether the rest is rescaled.
+
+    kind      the branch s · B A x in training     mask
+    input     s · B A (M ∘ x)                      per number of x, shared by layers that read x
+    rank      s · B (M ∘ A x)                      r channels
+    row       M ∘ (s · B A x)                      m outputs, rows of the update
+    output    M ∘ (s · B A x)                      per number of the output
+    module    M · (s · B A x)                      one coin for the whole branch
+
+M is 0 with probability p, else 1 / (1 - p) (`rescale`), so that the mean over masks is the branch that acts in eval; with
+rescale=False it is 1, and eval is stronger than training by 1 / (1 - p). The divisor is 1 - p and not the mean of the mask,
+which is 0/0 when all rows drop. `granularity` says how often M of rank, row and module is drawn: once per call, per sample
+(first dimension) or per token. Starts as LoRA does, W' = W; p = 0 is LoRA itself; p = 1 trains nothing. Masks come from the
+adapter's own stream: they repeat under gradient checkpointing and replays, and no global generator moves. In eval and in
+`dense()` there is no mask. Exactly LoRA of rank r.
+
+*Differs* from LyCORIS and PEFT: rescale is on for every kind; they leave module dropout unscaled, and LoHa divides by the mean.
+
+Srivastava et al.: Dropout, JMLR 2014. Kinds after Yeh et al. (LyCORIS), 2023, arXiv:2309.14859, and kohya's scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.core.combinators import Dropped
+from rankwise.core.errors import ArgumentError
+from rankwise.core.layouts import ConvLayout, Layout
+from rankwise.core.operators import Base, LowRank, Operator, compute_dtype
+from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
+from rankwise.core.piece import register
+from rankwise.core.queries import narrow_form
+from rankwise.parameterizations.lora import LoRA
+
+KINDS = ("input", "rank", "row", "output", "module")
+GRANULARITIES = ("call", "sample", "token")
+Draw = Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
+
+
+class Masked(Operator):
+    """A low-rank update under a mask that `draw` (x, shape, dtype) gives; `dense` is what acts in eval."""
+
+    def __init__(self, inner: LowRank, kind: str, granularity: str, draw: Draw) -> None:
+        self.inner, self.kind, self.granularity, self.draw = inner, kind, granularity, draw
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    def dense(self) -> Tensor:
+        return self.inner.dense()
+
+    def _of_call(self, x: Tensor) -> LowRank:
+        """One mask for all of x is a factor of B."""
+        B = self.inner.B  # (m, r)
+        shape = {"rank": (1, B.shape[1]), "row": (B.shape[0], 1), "module": (1, 1)}[self.kind]
+        return LowRank(B * self.draw(x, shape, B.dtype), self.inner.A, self.inner.scale)
+
+    def _drawn(self, x: Tensor, y: Tensor, layout: Layout) -> Tensor:
+        """A mask that multiplies y, the projected or the final output, per sample or token."""
+        channel = y.dim() - 1 - (len(layout.kernel) if isinstance(layout, ConvLayout) else 0)
+        shape = list(y.shape)
+        if self.kind == "module":
+            shape[channel] = 1
+        if self.granularity == "sample":
+            shape = [size if axis in (0, channel) else 1 for axis, size in enumerate(shape)]
+        return self.draw(x, shape, y.dtype)
+
+    def apply(self, x: Tensor, layout: Layout) -> Tensor:
+        if self.kind == "output":
+            y = self.inner.apply(x, layout)
+            return y * self.draw(x, y.shape, y.dtype)
+        if self.granularity == "call":
+            return self._of_call(x).apply(x, layout)
+        if self.kind != "rank":
+            y = self.inner.apply(x, layout)
+            return y * self._drawn(x, y, layout)
+        dtype = compute_dtype(x, self.inner.A.dtype)
+        z = layout.project(x, self.inner.A.to(dtype)) * self.inner.scale
+        return layout.expand(z * self._drawn(x, z, layout), self.inner.B.to(dtype))
+
+    def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
+        if self.kind == "output" or self.granularity != "call":
+            return None
+        return self._of_call(x).add_to_base(base, x, layout, bias)
+
+
+@narrow_form(Masked)
+def _(operator: Masked) -> LowRank | None:
+    return operator.inner
+
+
+@register("parameterization")
+class LoRADropout(Additive):
+    """W' = W + s · B A, the branch under dropout in training.
+
+    Args:
+        site: the layer.
+        rank: r.
+        alpha: numerator of the scale s; None means r.
+        kind: what is dropped: input, rank, row, output or module.
+        probability: p.
+        rescale: divide what stays by 1 - p.
+        granularity: how often a mask of rank, row or module is drawn: call, sample or token.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        kind: str = "input",
+        probability: float = 0.1,
+        rescale: bool = True,
+        granularity: str = "call",
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS or granularity not in GRANULARITIES:
+            raise ArgumentError(f"kind is one of {', '.join(KINDS)}, granularity one of {', '.join(GRANULARITIES)}")
+        if granularity != "call" and kind in ("input", "output"):
+            raise ArgumentError(f"kind={kind!r} draws for every number, so granularity={granularity!r} would have no effect")
+        if not 0.0 <= probability <= 1.0:
+            raise ArgumentError(f"probability is in [0, 1], not {probability}")
+        self.inner = LoRA(site, rank=rank, alpha=alpha)
+        self.rank, self.scale = rank, self.inner.scale
+        self.kind, self.probability, self.rescale, self.granularity = kind, probability, rescale, granularity
+        self.thin, self.mask = site.thin, site.mask
+
+    @classmethod
+    def roles_of(cls, **arguments: Any) -> frozenset[str]:
+        return frozenset({"A", "B"})
+
+    @classmethod
+    def start_kinds(cls, **arguments: Any) -> frozenset[str]:
+        return frozenset({PRODUCT, INPUT})
+
+    @property
+    def _kept(self) -> float:
+        """What a mask of mean one is multiplied with."""
+        return 1.0 if self.rescale else 1.0 - self.probability
+
+    def _draw(self, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        assert self.mask is not None
+        mask = self.mask(x, shape, self.probability, dtype)
+        return mask if self.rescale else mask * self._kept
+
+    def update(self) -> Operator:
+        update = LowRank(self.inner.B, self.inner.A, self.scale)
+        if not self.training or not self.probability or self.thin is None:
+            return update
+        if self.kind == "input":
+            return Dropped(update, self.probability, self.thin, self._kept)
+        return Masked(update, self.kind, self.granularity, self._draw)
+
+    def load_factors(self, factors: LowRank) -> None:
+        self.inner.load_factors(factors)
+
+    def restart(self, site: Site) -> None:
+        self.inner.restart(site)
