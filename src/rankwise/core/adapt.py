@@ -29,7 +29,7 @@ from rankwise.core.recipe import Recipe
 from rankwise.core.sites import site_of
 from rankwise.core.statistics import LayerStatistics, Statistic, collect_at, default_loss
 from rankwise.core.step import Step
-from rankwise.core.targets import Target, Where, find_targets, reader_of
+from rankwise.core.targets import Target, Where, find_targets, is_quantized, reader_of
 
 Statistics = Mapping[str, LayerStatistics]
 
@@ -205,7 +205,9 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 
 def _check_readers(model: nn.Module, targets: Mapping[str, Target], binding: str) -> None:
-    for site in targets:
+    for site, target in targets.items():
+        if binding == "weight" and is_quantized(target.module):
+            raise TargetError(f"{site} is quantized, and binding='weight' needs ordinary numbers there; use binding='path'")
         reader = reader_of(model, site)
         if reader is not None and binding == "path":
             raise TargetError(

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rankwise.core.combinators import Routed, Scaled, Sum
-from rankwise.core.errors import ActivationError, TrainingError
+from rankwise.core.errors import ActivationError, TargetError, TrainingError
 from rankwise.core.layouts import Layout
 from rankwise.core.operators import Base, Dense, Operator
 from rankwise.core.parameterization import Additive, Parameterization
 from rankwise.core.randomness import inside_backward, may_be_recomputed
 from rankwise.core.reparameterized import ReparameterizedBias, ReparameterizedWeight
-from rankwise.core.targets import Target, dequantize, weight_parameter
+from rankwise.core.targets import Target, dequantize, is_quantized, weight_parameter
 
 Selection = tuple[tuple[str, float], ...]
 TAKEN_NAMES = frozenset(
@@ -221,9 +221,14 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
     """The `functional` binding: "<layer>.weight" -> adapted weight (bias too where it changes), differentiable.
 
     Use them with `functional_call`, which runs the model with its adapters switched off.
+
+    Raises:
+        TargetError: a layer is quantized.
     """
     weights = {}
     for name, layer, adapters in adapted_layers(model):
+        if is_quantized(layer):
+            raise TargetError(f"{name} is quantized, so its weight cannot be exchanged; load the model dequantized")
         weight = cast(Tensor, layer.weight)
         matrix = adapters.operator(layer).dense().to(weight.dtype)
         weights[f"{name}.weight"] = adapters.layout.from_matrix(matrix, weight)

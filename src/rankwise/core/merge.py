@@ -15,19 +15,21 @@ from torch import nn
 from rankwise.core.bindings import Adapters
 from rankwise.core.errors import MergeError, shorten
 from rankwise.core.operators import LowRank
-from rankwise.core.targets import Target, bias_parameter, tied_with
+from rankwise.core.targets import Target, bias_parameter, is_quantized, tied_with
 
 
 def refuse_merge(model: nn.Module, targets: dict[str, Target], name: str) -> None:
     """Raises before anything is touched.
 
     Raises:
-        MergeError: the adapter is merged already, a weight is tied, or a trained tensor is not finite.
+        MergeError: the adapter is merged already, a weight is tied or quantized, or a trained tensor is not finite.
     """
     for site, target in targets.items():
         adapters = _adapters(target)
         if name in adapters.merged:
             raise MergeError(f"adapter {name!r} is merged already; call unmerge_() first, merging twice would add it twice")
+        if is_quantized(target.module):
+            raise MergeError(refusal_to_write(target))
         others = tied_with(model, site)
         if others:
             raise MergeError(
@@ -126,7 +128,7 @@ def _write(target: Target, merged: tuple[str, ...]) -> None:
     """Sets the weight to: untouched weight + absorbed parts + updates of the merged adapters."""
     adapters, parameter = _adapters(target), target.parameter()
     if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
-        raise MergeError(f"{target.name} is quantized ({type(parameter).__name__}); load the base dequantized to merge")
+        raise MergeError(refusal_to_write(target))
     if adapters.stash is None:
         adapters.stash = parameter.detach().clone()
     parameter.copy_(adapters.stash)
@@ -153,6 +155,14 @@ def _write(target: Target, merged: tuple[str, ...]) -> None:
     if not merged and not absorbed:
         parameter.copy_(adapters.stash)
         adapters.stash = None
+
+
+def refusal_to_write(target: Target) -> str:
+    """Why nothing is written into a quantized weight, and the ways out."""
+    return (
+        f"{target.name} is quantized ({type(target.parameter()).__name__}): writing into it would round once more, and not be "
+        "undone. Keep the adapter beside it (of a start: mode='offset'), or load the base dequantized to merge"
+    )
 
 
 def _adapters(target: Target) -> Adapters:

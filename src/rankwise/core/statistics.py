@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core.errors import StatisticsError, TrainingError
+from rankwise.core.targets import is_quantized
 
 
 class Statistic(enum.Enum):
@@ -170,8 +171,11 @@ def collect_at(
 
 def _gradient_hook(target: Any, statistics: LayerStatistics) -> Any:
     weight = target.parameter()
-    if not weight.is_floating_point():
-        raise StatisticsError(f"{statistics.site}: a quantized weight ({weight.dtype}) has no gradient; use a dequantized base")
+    if is_quantized(target.module):
+        raise StatisticsError(
+            f"{statistics.site}: a quantized weight ({type(weight).__name__}) has no gradient; collect on the model before it "
+            "is quantized and pass the result as statistics="
+        )
     weight.requires_grad_(True)
 
     def receive(parameter: Tensor) -> None:
