@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import keyword
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from rankwise.core.handle import Handle
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT, Parameterization, Site
 from rankwise.core.piece import Piece
-from rankwise.core.protocols import Approximation
+from rankwise.core.protocols import Approximation, Replacing
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
@@ -106,8 +106,7 @@ def build_(
             entry: Parameterization = method(here, **recipe.arguments_at(site))
             attach(target, name, entry, binding=binding)
             done.append(target)
-            if stored is None:
-                _start(recipe, target, name, here)
+            _start(model, recipe, target, name, here)
     except BaseException:
         for target in done:
             merge.restore_site(target)
@@ -251,16 +250,30 @@ def _shared(recipe: Recipe, sites: Sequence[Site], stored: Mapping[str, Any] | N
     return recipe.method.shared(sites, **recipe.parameterization.arguments)
 
 
-def _start(recipe: Recipe, target: Target, name: str, site: Site) -> None:
+def _start(model: nn.Module, recipe: Recipe, target: Target, name: str, site: Site) -> None:
     """Puts the start in, and sees to it that the first forward equals the base unless the method says otherwise."""
     if recipe.start is None:
         return
     start: Approximation = recipe.start.build()
     adapters: Any = target.module._modules["adapter"]
     entry: Parameterization = adapters[name]
+    if site.blank:
+        if start.mode == "simulated":
+            entry.replacement = cast(Replacing, start).blank(site.m, site.n, entry.rank)
+        return
+    if start.mode in ("absorb", "simulated"):
+        merge.refuse_tied(model, target)
     known = site.statistics or LayerStatistics(site.name, site.weight())
-    factors = start(known, entry.rank, generator=site.generator("approximation"), scale=entry.scale)
+    if is_quantized(target.module):
+        known = dataclasses.replace(known, frozen=site.weight())
+    chance = site.generator("approximation")
     with torch.no_grad():
+        if start.mode == "simulated":
+            factors, replacement = cast(Replacing, start).with_base(known, entry.rank, generator=chance, scale=entry.scale)
+            merge.replace_site(target, name, replacement.to(site.device))
+            merge.report_rounding(target)
+        else:
+            factors = start(known, entry.rank, generator=chance, scale=entry.scale)
         entry.load_factors(LowRank(site.cast(factors.B), site.cast(factors.A)))
         if start.kind == PRODUCT and not start.shifted:
             placed = as_low_rank(entry.update())

@@ -91,9 +91,9 @@ class Adapters(nn.ModuleDict):
             terms.extend(self._change(layer, name, weight))
         for name in sorted(self._absorbed() - set(self.merged)):
             factor = weights.get(name, 0.0) if isinstance(self[name], Additive) else 0.0
-            carried = self[name].carried()
-            if carried is not None and factor != 1.0:
-                terms.append(Scaled(carried, factor - 1.0))
+            moved = self[name].moved(self.untouched(layer)) if factor != 1.0 else None
+            if moved is not None:
+                terms.append(Scaled(moved, factor - 1.0))
         return terms[0] if len(terms) == 1 else Sum(*terms)
 
     def bias(self, layer: nn.Module, selection: Selection) -> Tensor | None:
@@ -116,7 +116,8 @@ class Adapters(nn.ModuleDict):
                 parts.append(carried)
             return [part if weight == 1.0 else Scaled(part, weight) for part in parts]
         untouched = self.untouched(layer)
-        own = Sum(untouched, carried) if entry.absorbed and carried is not None else untouched
+        moved = entry.moved(untouched) if entry.absorbed else None
+        own = untouched if moved is None else Sum(untouched, moved)
         return [Scaled(entry.effective(own), weight), Scaled(untouched, -weight)]
 
     def _absorbed(self) -> set[str]:

@@ -64,13 +64,21 @@ class MomentCollector:
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one layer. Asking for one that was not collected is an error that says what to pass to `collect`."""
+    """Statistics of one layer. Asking for one that was not collected is an error that says what to pass to `collect`.
+
+    Attributes:
+        site: its name.
+        weight: W (m, n).
+        gradient, inputs, outputs: what was collected.
+        frozen: the numbers (m, n) that stand in the layer, where it is quantized and `weight` may be from before that.
+    """
 
     site: str
     weight: Tensor
     gradient: Tensor | None = None
     inputs: MomentCollector | None = None
     outputs: MomentCollector | None = None
+    frozen: Tensor | None = None
 
     def require_gradient(self) -> Tensor:
         """G (m, n), the mean gradient."""

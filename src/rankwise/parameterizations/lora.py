@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Dense, LowRank, Operator
-from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
+from rankwise.core.parameterization import FROZEN_OUTPUT, INPUT, OUTPUT, PAIR, PRODUCT, Additive, Site
 from rankwise.core.piece import register
 from rankwise.core.queries import svd
 
@@ -116,7 +116,9 @@ class LoRA(Additive):
 
     @classmethod
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
-        return frozenset({PRODUCT, INPUT})
+        if arguments.get("freeze_output"):  # an input factor would leave B = 0 for good
+            return frozenset({PRODUCT, FROZEN_OUTPUT})
+        return frozenset({PRODUCT, INPUT} if arguments.get("freeze_input") else {PRODUCT, INPUT, OUTPUT, PAIR})
 
     def update(self) -> Operator:
         update = LowRank(self.B, self.A, self.scale)
