@@ -68,7 +68,7 @@ class CoRA:
 
     needs: frozenset[Statistic] = frozenset({Statistic.WEIGHT})
     shifted: bool = False
-    mode: str = "offset"
+    mode: str = "none"
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ from rankwise.approximations.starting import check_choice, check_mode, without_g
 from rankwise.approximations.truncated_svd import truncated_svd
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank
-from rankwise.core.parameterization import PRODUCT
+from rankwise.core.parameterization import PAIR
 from rankwise.core.piece import register
 from rankwise.core.statistics import LayerStatistics, Statistic
 
@@ -51,7 +51,7 @@ class LoRAGA:
     """
 
     needs: frozenset[Statistic] = frozenset({Statistic.GRADIENT})
-    kind: str = PRODUCT
+    kind: str = PAIR  # between frozen factors a core would have no gradient: U_Jᵀ G V_I = 0
     shifted: bool = False
 
     def __init__(

@@ -31,7 +31,7 @@ class MiCA:
     needs: frozenset[Statistic] = frozenset({Statistic.WEIGHT})
     kind: str = FROZEN_OUTPUT
     shifted: bool = False
-    mode: str = "offset"
+    mode: str = "none"
 
     def __call__(self, statistics: LayerStatistics, rank: int, *, generator: torch.Generator, scale: float = 1.0) -> LowRank:
         """Factors (B, 0), B orthonormal."""

@@ -4,8 +4,9 @@
 
 The frozen base is W − s·B₀ A₀, so the first forward equals the base; of all rank-r parts this one holds the least of what
 pretraining put into W. `select` takes another part: "largest" is PiSSA, "middle" the window around the center, "random" any.
-The factors start small (a thousandth of PiSSA's, say), so learning is slower at the same rate. "absorb" rewrites W, "offset" lets −s·B₀ A₀ run beside it; the update against W is exact at rank 2r either way. A bf16 weight may swallow so small a
-part when it is absorbed: a warning says by how much, and "offset" avoids it.
+The factors start small (a thousandth of PiSSA's, say), so learning is slower at the same rate. "absorb" rewrites W, "offset"
+lets −s·B₀ A₀ run beside it; the update against W is exact at rank 2r either way. A bf16 weight may swallow so small a part
+when it is absorbed: a warning says by how much, and "offset" avoids it.
 
 A weight of rank below min(m, n) has zeros at that end, from which nothing would ever train: refused. One exact SVD per layer,
 since randomized ones do not find the small end.

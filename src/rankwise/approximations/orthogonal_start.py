@@ -38,7 +38,7 @@ class OrthogonalStart:
     needs: frozenset[Statistic] = frozenset({Statistic.WEIGHT})
     kind: str = PAIR
     shifted: bool = False
-    mode: str = "offset"
+    mode: str = "none"
 
     def __init__(self, *, std: float = 0.1) -> None:
         if std <= 0:

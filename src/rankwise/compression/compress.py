@@ -56,7 +56,7 @@ def compress_(
     targets, skipped = choose(model, where, skip)
     ranks = _ranks(targets, keep, rank)
     if approximation.kind != PRODUCT:
-        raise ArgumentError(f"{type(approximation).__name__} gives factors with B A = 0, which stand for no weight")
+        raise ArgumentError(f"{type(approximation).__name__} gives no product that could stand for a weight")
     known = _statistics(targets, statistics, approximation)
     before = sum(parameter.numel() for parameter in model.parameters())
     made: dict[str, Factorized] = {}

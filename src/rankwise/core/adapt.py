@@ -20,7 +20,7 @@ from rankwise.core.fingerprint import fingerprint_of
 from rankwise.core.freezing import freeze, thaw
 from rankwise.core.handle import Handle
 from rankwise.core.operators import LowRank
-from rankwise.core.parameterization import PRODUCT, Parameterization, Site
+from rankwise.core.parameterization import PAIR, PRODUCT, Parameterization, Site
 from rankwise.core.piece import Piece
 from rankwise.core.protocols import Approximation, Replacing
 from rankwise.core.queries import as_low_rank
@@ -275,7 +275,7 @@ def _start(model: nn.Module, recipe: Recipe, target: Target, name: str, site: Si
         else:
             factors = start(known, entry.rank, generator=chance, scale=entry.scale)
         entry.load_factors(LowRank(site.cast(factors.B), site.cast(factors.A)))
-        if start.kind == PRODUCT and not start.shifted:
+        if start.kind in (PRODUCT, PAIR) and start.mode in ("offset", "absorb") and not start.shifted:
             placed = as_low_rank(entry.update())
             if placed is None:
                 raise TypeError(f"{type(entry).__name__} holds a start without factors; this is a bug in rankwise")

@@ -23,7 +23,7 @@ _HELD = {
     INPUT: "an input factor A",
     OUTPUT: "an output factor B, with A = 0",
     FROZEN_OUTPUT: "an output factor B that stays as it starts, with A = 0",
-    PAIR: "two factors with B A = 0, both trained",
+    PAIR: "two factors that both train",
 }
 _HOLDERS = "use lora, rslora or dora (lora_xs for a product), or drop this start"
 
@@ -133,7 +133,7 @@ def _start_problems(recipe: Recipe) -> list[Problem]:
     if start.kind in (PRODUCT, PAIR) and prunes and recipe.schedule is not None:
         does = "puts a part of the weight into every direction, which pruning throws away"
         if start.kind == PAIR:
-            does = "lets the directions cancel each other, which pruning one of them ends"
+            does = "makes directions that belong together, of which pruning takes some away"
         found.append(
             Problem(
                 piece=f"schedule {recipe.schedule.name}",

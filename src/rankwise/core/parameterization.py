@@ -27,7 +27,7 @@ PRODUCT = "product"  # a start that gives B A ≠ 0, placed so that the update e
 INPUT = "input"  # a start that gives the input factor A alone, with B = 0
 OUTPUT = "output"  # a start that gives the output factor B alone, with A = 0, and trains both
 FROZEN_OUTPUT = "frozen output"  # the same, where B then has to stay as it starts
-PAIR = "pair"  # a start that gives both factors, with B A = 0
+PAIR = "pair"  # a start that gives two factors which both have to train; their product alone would not do
 ALL_LAYOUTS = frozenset({"linear", "conv", "embedding"})
 
 

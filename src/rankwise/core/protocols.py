@@ -25,7 +25,7 @@ class Approximation(Protocol):
         kind: "product" where B A ≠ 0, "input" where B = 0 and only A is meant, and the others of `core.parameterization`.
         shifted: as a start, the published method begins away from the base on purpose (LoRA-One, LoRA-SB).
         mode: as a start that is not shifted, "offset" (keep W, subtract the frozen start) or "absorb" (rewrite W);
-            "simulated" for a start that puts something else in W's place, see `Replacing`.
+            "none" where B A = 0 leaves nothing to subtract; "simulated" where something else takes W's place, see `Replacing`.
     """
 
     needs: frozenset[Statistic]

@@ -7,7 +7,8 @@ D is Gaussian with variance 1/r, so that E[AᵀA] = I, or orthonormal rows (colu
 LoRA's memory, half its trained numbers; after T blocks the update has rank up to T r, and it is exact at that rank. The chain
 provably reaches the solution of full fine-tuning, which no chain with both factors trained is known to do: in the metric of the
 sketch a step multiplies the gradient by a random projector H, with E[H] = (r/d) I, d = n for side "B" and m for side "A". See
-`chain_rate` for what follows. A plain gradient step has s² AᵀA (B Bᵀ) in the place of H: with Gaussian draws the stable step size is about 1 / (L s² (1 + (d + 1)/r)). Restart the learning rate per block with `relora_schedule`.
+`chain_rate` for what follows. A plain gradient step has s² AᵀA (B Bᵀ) in the place of H: with Gaussian draws the stable step
+size is about 1 / (L s² (1 + (d + 1)/r)). Restart the learning rate per block with `relora_schedule`.
 
 Not ReLoRA, which trains both factors; nor LoRA-FA, which is a single block.
 
