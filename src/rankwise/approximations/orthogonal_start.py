@@ -9,8 +9,8 @@ first. Plain LoRA of rank r. Weight decay acts on B from the first step on. Odd 
 
 *Differs* from the release, where Q is random: here Q is made of 2 × 2 blocks [1 1; 1 −1]/√2, so that rows of A come in equal
 pairs and columns of B in opposite ones. Any orthogonal Q gives the same function (B Tᵀ, T A), but under this one the zero
-survives rounding: with a bf16 base of 256 × 256 and r = 16 a random Q moves the first output by 0.2 %, this one not at all. Odd
-ranks are allowed.
+survives rounding: on a bf16 base of 256 × 256 with r = 16 and s = 2 a random Q moves the first output by 0.3 %, this one not
+at all. Odd ranks are allowed.
 
 No paper: Datta: Rethink LoRA initialisation, 2025 (web log), and pull requests 2389 and 2498 of the PEFT library.
 """

@@ -133,7 +133,7 @@ class Parameterization(nn.Module, ABC):
         # were absorbed into the weight. See `Adapters` for who applies it.
         self.register_buffer("carried_B", None)
         self.register_buffer("carried_A", None)
-        self.register_module("replacement", None)  # if there is one, it is absorbed
+        self.replacement = None  # where there is one, it is absorbed
         self.absorbed = False
 
     @classmethod
