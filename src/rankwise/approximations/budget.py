@@ -99,7 +99,7 @@ def redistribute(
         )
     if arguments.get("rank", defaults["rank"]) is None:
         raise ArgumentError(
-            f"{recipe.parameterization} leaves the rank to the method inside it, so it cannot be moved between layers here; use "
+            f"{recipe.parameterization} leaves the rank to the method inside it, so it cannot be moved between layers; use "
             "lora, rslora or dora(rank=…)"
         )
     rank = int(arguments.get("rank", defaults["rank"]))

@@ -259,7 +259,8 @@ def _start(model: nn.Module, recipe: Recipe, target: Target, name: str, site: Si
     entry: Parameterization = adapters[name]
     if site.blank:
         if start.mode == "simulated":
-            entry.replacement = cast(Replacing, start).blank(site.m, site.n, entry.rank)
+            blank = cast(Replacing, start).blank(site.m, site.n, entry.rank)
+            entry.replacement = blank.to(device=site.device, dtype=site.dtype)
         return
     if start.mode in ("absorb", "simulated"):
         merge.refuse_tied(model, target)

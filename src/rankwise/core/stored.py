@@ -74,7 +74,7 @@ class StoredAdapter:
         entry: Parameterization = method(place, **self.recipe.arguments_at(site))
         start = None if self.recipe.start is None else self.recipe.start.build()
         if start is not None and start.mode == "simulated":
-            entry.replacement = cast(Replacing, start).blank(m, n, entry.rank)
+            entry.replacement = cast(Replacing, start).blank(m, n, entry.rank).to(dtype)
         rank = int(self.description["sites"][site]["rank"])
         if 0 <= rank < entry.rank:
             decisions.resize(entry, torch.arange(entry.rank) < rank, None)
