@@ -136,14 +136,14 @@ def test_bad_input_is_refused() -> None:
         OLoRA(mode="replace")
     with pytest.raises(ArgumentError, match="select is one of largest, smallest, middle, random, not 'min'"):
         MiLoRA(select="min")
-    with pytest.raises(ArgumentError, match="layer: an orthogonal start halves the rank, so rank is 2 or more, not 1"):
+    with pytest.raises(ArgumentError, match="layer: an orthogonal start halves the rank, so it takes rank 2 or more"):
         run(OrthogonalStart(), weight(), 1)
     with pytest.raises(ArgumentError, match="std is the size of the entries and positive"):
         OrthogonalStart(std=0.0)
     spoiled = weight()
     spoiled[0, 0] = float("nan")
     for start in (OLoRA(), MiLoRA(), MiCA()):
-        with pytest.raises(StatisticsError, match="layer.*holds NaN"):
+        with pytest.raises(StatisticsError, match=r"layer.*holds NaN"):
             run(start, spoiled, 2)
         with pytest.raises(ArgumentError, match="rank is 10, but a matrix of 9×12 has ranks 1 to 9"):
             run(start, weight(), 10)
