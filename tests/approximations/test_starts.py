@@ -12,7 +12,18 @@ from rankwise.core.piece import Piece
 from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import LayerStatistics, MomentCollector, Statistic
 
-EVERY = {"pissa": {}, "lora_one": {}, "nystrom_nora": {}, "eva": {}, "lora_sb": {"learning_rate": 0.01}}
+EVERY = {
+    "pissa": {},
+    "lora_one": {},
+    "nystrom_nora": {},
+    "eva": {},
+    "lora_sb": {"learning_rate": 0.01},
+    "olora": {},
+    "milora": {},
+    "orthogonal_start": {},
+    "corda": {"select": "smallest"},
+    "loftq": {"bits": 2, "block": 16},
+}
 
 
 class Net(nn.Module):
@@ -63,7 +74,9 @@ def test_every_start_on_linear_and_convolutions(name):
     assert set(handle.targets) == {"first", "grouped", "hidden", "last"}
     if name in ("nystrom_nora", "eva"):
         assert torch.equal(net(x), before(x))
-    elif name == "pissa":
+    elif name == "loftq":
+        assert (net(x) - before(x)).abs().max() > 1e-6
+    elif not recipe_of(name, **EVERY[name]).start.build().shifted:
         torch.testing.assert_close(net(x), before(x), rtol=0, atol=1e-12)
     else:
         assert (net(x) - before(x)).abs().max() > 1e-6

@@ -182,6 +182,8 @@ def test_refusals():
         compress_(net, PiSSA(), rank=2, skip=["lst"])
     with pytest.raises(ArgumentError, match="B = 0"):
         compress_(net, rankwise.catalog.nystrom_nora().start.build(), rank=2)
+    with pytest.raises(ArgumentError, match="LoftQ is a start for training"):
+        compress_(net, rankwise.catalog.loftq().start.build(), rank=2)
     with pytest.raises(StatisticsError, match="no batches"):
         svd_llm(net, [])
     rankwise.adapt_(net, rankwise.catalog.lora(rank=2), "hidden")

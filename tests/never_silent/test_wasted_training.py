@@ -110,13 +110,27 @@ import rankwise
 from rankwise.core.piece import SHELVES
 blocked = [name for name in ("transformers", "peft", "optuna", "datasets", "pyarrow") if name in sys.modules]
 assert not blocked, blocked
+from pathlib import Path
+from tempfile import mkdtemp
 x, y = torch.randn(6, 8), torch.arange(6)
 done = 0
+
+def earlier(net):
+    handle = rankwise.adapt_(net, rankwise.catalog.lora(rank=2))
+    with torch.no_grad():
+        for block in handle.blocks().values():
+            for tensor in block.values():
+                tensor.add_(torch.randn(tensor.shape))
+    folder = handle.save(Path(mkdtemp()))
+    handle.detach_()
+    return str(folder)
+
 for shelf in SHELVES:
     for slug in rankwise.catalog.names(shelf):
         kept = rankwise.catalog.entry(slug)
         net = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 8))
-        recipe = kept.make(**kept.tiny)
+        filled = {key: (earlier(net),) if value == ("SOURCES",) else value for key, value in kept.tiny.items()}
+        recipe = kept.make(**filled)
         statistics = rankwise.collect(net, [(x, y)], recipe.needs) if recipe.needs else None
         handle = rankwise.adapt_(net, recipe, statistics=statistics)
         optimizer = handle.optimizer(lr=1e-3)

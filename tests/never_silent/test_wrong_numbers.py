@@ -38,7 +38,20 @@ def test_07_every_parameterization_starts_at_the_base(subject: Subject) -> None:
     assert subject.facts.starts_at_base or subject.recipe.parameterization.name in ("SmallCore", "CoreMagnitude")
 
 
-STARTS = ["pissa(rank=2)", "pissa(rank=2, mode='absorb')", "nystrom_nora(rank=2)", "eva(rank=2)", "lora_one(rank=2)", "lora_sb"]
+STARTS = [
+    "pissa(rank=2)",
+    "pissa(rank=2, mode='absorb')",
+    "nystrom_nora(rank=2)",
+    "eva(rank=2)",
+    "lora_one(rank=2)",
+    "lora_sb",
+    "olora(rank=2)",
+    "milora(rank=2, mode='absorb')",
+    "orthogonal_start(rank=2)",
+    "lora_ga(rank=2)",
+    "corda(rank=2)",
+    "loftq(rank=2, bits=2, block=16)",
+]
 HOLDERS = [
     "lora(rank=2, alpha=6)",
     "rslora(rank=2)",

@@ -97,6 +97,11 @@ def redistribute(
             f"{recipe.parameterization.name} has no argument {shorten(missing)}, so its ranks cannot be moved between layers "
             "at a constant scale; use lora, rslora or dora"
         )
+    if arguments.get("rank", defaults["rank"]) is None:
+        raise ArgumentError(
+            f"{recipe.parameterization} leaves the rank to the method inside it, so it cannot be moved between layers; use "
+            "lora, rslora or dora(rank=…)"
+        )
     rank = int(arguments.get("rank", defaults["rank"]))
     spectra = {}
     for site, known in statistics.items():

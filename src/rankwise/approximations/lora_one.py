@@ -20,11 +20,10 @@ Efficiently, 2025, arXiv:2502.01235.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
-from rankwise.approximations.truncated_svd import plain_start, truncated_svd
+from rankwise.approximations.starting import without_gradient
+from rankwise.approximations.truncated_svd import truncated_svd
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT
@@ -58,13 +57,9 @@ class LoRAOne:
     def __call__(self, statistics: LayerStatistics, rank: int, *, generator: torch.Generator, scale: float = 1.0) -> LowRank:
         """Factors (B, A) with B A = −[G]_r / (γ S₁)."""
         G = statistics.require_gradient()  # (m, n)
-        if not G.any():
-            warnings.warn(
-                f"{statistics.site}: the probe gradient is zero, so LoRA-One starts this layer as plain LoRA (B = 0, A "
-                "random); probe with batches that reach it, or leave it out of where=",
-                stacklevel=2,
-            )
-            return plain_start(G, rank, generator)
+        plain = without_gradient(G, rank, generator, statistics.site)
+        if plain is not None:
+            return plain
         oversampling = max(self.probes - rank, 0)
         U, S, Vh = truncated_svd(-G, rank, iterations=self.iterations, oversampling=oversampling, generator=generator)
         size = self.gamma * S[0] if self.normalize_by_sigma1 else torch.full_like(S[0], self.gamma)

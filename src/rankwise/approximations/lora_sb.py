@@ -20,11 +20,10 @@ Extremely Efficient Low-Rank Fine-Tuning, 2024, arXiv:2411.19557.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
-from rankwise.approximations.truncated_svd import plain_start, truncated_svd
+from rankwise.approximations.starting import without_gradient
+from rankwise.approximations.truncated_svd import truncated_svd
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT
@@ -68,13 +67,9 @@ class LoRASB:
     def __call__(self, statistics: LayerStatistics, rank: int, *, generator: torch.Generator, scale: float = 1.0) -> LowRank:
         """Factors (B, A) with scale · B A = the best rank-r approximation of D₀."""
         G = statistics.require_gradient()  # (m, n)
-        if not G.any():
-            warnings.warn(
-                f"{statistics.site}: the probe gradient is zero, so LoRA-SB starts this layer with a zero update; "
-                "probe with batches that reach it, or leave it out of where=",
-                stacklevel=2,
-            )
-            return plain_start(G, rank, generator)
+        plain = without_gradient(G, rank, generator, statistics.site)
+        if plain is not None:
+            return plain
         # The rate comes in after the decomposition: with η₀ = 1e-6 the entries of D₀ are small, those of sign(G) are not.
         U, S, Vh = truncated_svd(-G.sign() if self.sign else -G, rank, iterations=self.iterations, generator=generator)
         root = (S * (self.first_rate / scale)).sqrt()  # (r,)

@@ -21,14 +21,12 @@ from __future__ import annotations
 
 import torch
 
+from rankwise.approximations.starting import check_mode
 from rankwise.approximations.truncated_svd import truncated_svd
-from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT
 from rankwise.core.piece import register
 from rankwise.core.statistics import LayerStatistics, Statistic
-
-MODES = ("offset", "absorb")
 
 
 @register("start")
@@ -45,9 +43,7 @@ class PiSSA:
     shifted: bool = False
 
     def __init__(self, *, mode: str = "offset", iterations: int | None = None) -> None:
-        if mode not in MODES:
-            raise ArgumentError(f"mode is {' or '.join(MODES)}, not {mode!r}")
-        self.mode, self.iterations = mode, iterations
+        self.mode, self.iterations = check_mode(mode), iterations
 
     def __call__(self, statistics: LayerStatistics, rank: int, *, generator: torch.Generator, scale: float = 1.0) -> LowRank:
         """Factors (B, A) with scale · B A = the best rank-r approximation of W."""

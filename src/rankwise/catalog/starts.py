@@ -5,14 +5,19 @@ from __future__ import annotations
 from rankwise.approximations.eva import EVA
 from rankwise.approximations.lora_one import LoRAOne
 from rankwise.approximations.lora_sb import LoRASB
+from rankwise.approximations.mica import MiCA
+from rankwise.approximations.milora import MiLoRA
 from rankwise.approximations.nystrom_nora import NystromNoRA
+from rankwise.approximations.olora import OLoRA
+from rankwise.approximations.orthogonal_start import OrthogonalStart
 from rankwise.approximations.pissa import PiSSA
-from rankwise.catalog.building import starting
+from rankwise.catalog.building import adapter, starting
 from rankwise.catalog.parameterizations import lora, rslora
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.compose import make
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
+from rankwise.parameterizations.lora import LoRA
 
 
 @entry(
@@ -122,3 +127,92 @@ def eva(*, rank: int = 8, whiten: bool = False, center: bool = True, alpha: floa
 def lora_sb(*, rank: int = 8, learning_rate: float = 1e-4) -> Recipe:
     """Starts LoRA-XS at the best approximation of full fine-tuning's first Adam step, on purpose away from the base."""
     return starting(piece(LoRASB, learning_rate=learning_rate), make("lora_xs", rank=rank, alpha=float(rank)), name="lora_sb")
+
+
+@entry(
+    "start",
+    title="OLoRA",
+    formula="W = Q R, B = Q[:, :r], A = R[:r]; the base is W − s·B A",
+    reference=Reference("Büyükakyüz", "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024, "2406.01775"),
+    trained="r(m + n)",
+    numbers="rank*(m+n)",
+    flops="4*T*rank*(m+n)",
+    cost="a QR of r columns per layer, O(mnr); offset runs a second frozen pair, absorb does not",
+    merges="exact",
+    exports="exact at rank 2r against the untouched base",
+    when="When PiSSA's SVD takes too long; which part of the weight it trains depends on the order of the inputs.",
+    tiny={"rank": 2},
+    variants=("olora(rank=2, mode='absorb')",),
+)
+def olora(*, rank: int = 8, mode: str = "offset") -> Recipe:
+    """Starts at orthonormal columns of the weight by a QR decomposition and freezes the rest."""
+    return starting(piece(OLoRA, mode=mode), lora(rank=rank), name="olora")
+
+
+@entry(
+    "start",
+    title="MiLoRA",
+    formula="s·B A = U_I S_I V_Iᵀ, the r smallest components of W; the base is W − s·B A",
+    reference=Reference(
+        "Wang, Li, Wang, Chen, Chen",
+        "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
+        2024,
+        "2406.09044",
+    ),
+    trained="r(m + n)",
+    numbers="rank*(m+n)",
+    flops="4*T*rank*(m+n)",
+    cost="one exact SVD per layer, O(mn·min(m, n)); offset runs a second frozen pair, absorb does not",
+    merges="exact",
+    exports="exact at rank 2r against the untouched base",
+    when="When pretrained knowledge must be disturbed least; the factors start small, so it wants a higher learning rate.",
+    tiny={"rank": 2},
+    variants=(
+        "milora(rank=2, select='middle')",
+        "milora(rank=2, select='random')",
+        "milora(rank=2, select='largest', mode='absorb')",
+    ),
+)
+def milora(*, rank: int = 8, alpha: float | None = None, select: str = "smallest", mode: str = "offset") -> Recipe:
+    """Trains the smallest singular part of the weight itself and freezes the rest."""
+    return starting(piece(MiLoRA, select=select, mode=mode), lora(rank=rank, alpha=alpha), name="milora")
+
+
+@entry(
+    "start",
+    title="MiCA",
+    formula="W + B A, B = U_{last r} of W frozen, A = 0",
+    reference=Reference("PEFT contributors", 'init_lora_weights="mica" of the PEFT library', 2026),
+    trained="r·n",
+    numbers="rank*n",
+    flops="2*T*rank*(m+n)",
+    cost="one exact SVD per layer, O(mn·min(m, n))",
+    merges="exact",
+    exports="exact at rank r",
+    when="When half of LoRA's numbers must do and the outputs that pretraining uses least are where the task may go.",
+    tiny={"rank": 2},
+)
+def mica(*, rank: int = 8) -> Recipe:
+    """Freezes the output factor at the directions that the weight uses least, the update at zero."""
+    frozen = adapter(piece(LoRA, rank=rank, freeze_output=True), name="lora")
+    return starting(piece(MiCA), frozen, name="mica")
+
+
+@entry(
+    "start",
+    title="Orthogonal start",
+    formula="A = σ(X Q₁)ᵀ, B = σ Y Q₂ with Q₂ Q₁ᵀ = 0, so B A = 0",
+    reference=Reference("Datta", "Rethink LoRA initialisation (web log; PEFT pull request 2498)", 2025),
+    trained="r(m + n)",
+    numbers="rank*(m+n)",
+    flops="2*T*rank*(m+n)",
+    cost="random numbers, no decomposition",
+    merges="exact",
+    exports="exact at rank r",
+    when="When LoRA's first steps are wasted on a zero factor and no data shall be read; the gain reported is one run.",
+    tiny={"rank": 2},
+    variants=("orthogonal_start(rank=3, std=0.3)",),
+)
+def orthogonal_start(*, rank: int = 8, alpha: float | None = None, std: float = 0.1) -> Recipe:
+    """Starts both factors away from zero with a product of zero, so that both learn from the first step."""
+    return starting(piece(OrthogonalStart, std=std), lora(rank=rank, alpha=alpha), name="orthogonal_start")

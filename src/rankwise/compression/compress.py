@@ -50,14 +50,17 @@ def compress_(
         seed: for approximations that draw numbers.
 
     Raises:
-        ArgumentError: neither or both of keep and rank, or a rank that a layer cannot have.
+        ArgumentError: neither or both of keep and rank, a rank that a layer cannot have, or a start that only trains.
         TargetError: a name matches nothing, or a layer cannot be replaced.
         StatisticsError: statistics that the approximation needs were not collected.
     """
     targets, skipped = choose(model, where, skip)
     ranks = _ranks(targets, keep, rank)
-    if approximation.kind != PRODUCT:
-        raise ArgumentError(f"{type(approximation).__name__} gives an input factor with B = 0, which stands for no weight")
+    if approximation.kind != PRODUCT or approximation.shifted:
+        raise ArgumentError(
+            f"{type(approximation).__name__} is a start for training (B = 0, or a step away from the weight) and gives no product "
+            "that could stand for a weight; use SVDLLM or PiSSA"
+        )
     known = _statistics(targets, statistics, approximation)
     before = sum(parameter.numel() for parameter in model.parameters())
     made: dict[str, Factorized] = {}

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import keyword
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,16 @@ from rankwise.core.fingerprint import fingerprint_of
 from rankwise.core.freezing import freeze, thaw
 from rankwise.core.handle import Handle
 from rankwise.core.operators import LowRank
-from rankwise.core.parameterization import PRODUCT, Parameterization, Site
+from rankwise.core.parameterization import PAIR, PRODUCT, Parameterization, Site
 from rankwise.core.piece import Piece
-from rankwise.core.protocols import Approximation
+from rankwise.core.protocols import Approximation, Replacing
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
 from rankwise.core.sites import site_of
 from rankwise.core.statistics import LayerStatistics, Statistic, collect_at, default_loss
 from rankwise.core.step import Step
-from rankwise.core.targets import Target, Where, find_targets
+from rankwise.core.targets import Target, Where, find_targets, is_quantized
 
 Statistics = Mapping[str, LayerStatistics]
 
@@ -107,8 +107,7 @@ def build_(
             entry: Parameterization = method(here, **recipe.arguments_at(site))
             attach(target, name, entry, binding=binding)
             done.append(target)
-            if stored is None:
-                _start(recipe, target, name, here)
+            _start(model, recipe, target, name, here)
     except BaseException:
         for target in done:
             merge.restore_site(target)
@@ -206,8 +205,10 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 
 def _check_paths(model: nn.Module, targets: Mapping[str, Target], binding: str) -> None:
-    for site in targets if binding == "path" else ():
-        reason = bypass_of(model, site)
+    for site, target in targets.items():
+        if binding == "weight" and is_quantized(target.module):
+            raise TargetError(f"{site} is quantized, and binding='weight' needs ordinary numbers there; use binding='path'")
+        reason = bypass_of(model, site) if binding == "path" else None
         if reason is not None:
             raise TargetError(f"{site}: {reason}, so an adapter on its path would be wrong; use binding='weight'")
 
@@ -247,18 +248,33 @@ def _shared(recipe: Recipe, sites: Sequence[Site], stored: Mapping[str, Any] | N
     return recipe.method.shared(sites, **recipe.parameterization.arguments)
 
 
-def _start(recipe: Recipe, target: Target, name: str, site: Site) -> None:
+def _start(model: nn.Module, recipe: Recipe, target: Target, name: str, site: Site) -> None:
     """Puts the start in, and sees to it that the first forward equals the base unless the method says otherwise."""
     if recipe.start is None:
         return
     start: Approximation = recipe.start.build()
     adapters: Any = target.module._modules["adapter"]
     entry: Parameterization = adapters[name]
+    if site.blank:
+        if start.mode == "simulated":
+            blank = cast(Replacing, start).blank(site.m, site.n, entry.rank)
+            entry.replacement = blank.to(device=site.device, dtype=site.dtype)
+        return
+    if start.mode in ("absorb", "simulated"):
+        merge.refuse_tied(model, target)
     known = site.statistics or LayerStatistics(site.name, site.weight())
-    factors = start(known, entry.rank, generator=site.generator("approximation"), scale=entry.scale)
+    if is_quantized(target.module):
+        known = dataclasses.replace(known, frozen=site.weight())
+    chance = site.generator("approximation")
     with torch.no_grad():
+        if start.mode == "simulated":
+            factors, replacement = cast(Replacing, start).with_base(known, entry.rank, generator=chance, scale=entry.scale)
+            merge.replace_site(target, name, replacement.to(site.device))
+            merge.report_rounding(target)
+        else:
+            factors = start(known, entry.rank, generator=chance, scale=entry.scale)
         entry.load_factors(LowRank(site.cast(factors.B), site.cast(factors.A)))
-        if start.kind == PRODUCT and not start.shifted:
+        if start.kind in (PRODUCT, PAIR) and start.mode in ("offset", "absorb") and not start.shifted:
             placed = as_low_rank(entry.update())
             if placed is None:
                 raise TypeError(f"{type(entry).__name__} holds a start without factors; this is a bug in rankwise")

@@ -19,13 +19,13 @@ from torch.nn.utils import parametrize
 
 from rankwise.core import routing  # noqa: F401  (registers the passes for one adapter per row)
 from rankwise.core.combinators import Routed, Scaled, Sum
-from rankwise.core.errors import ActivationError, TrainingError
+from rankwise.core.errors import ActivationError, TargetError, TrainingError
 from rankwise.core.layouts import Layout
 from rankwise.core.operators import Base, Dense, Operator
 from rankwise.core.parameterization import Additive, Parameterization
 from rankwise.core.randomness import inside_backward, may_be_recomputed
 from rankwise.core.reparameterized import ReparameterizedBias, ReparameterizedWeight
-from rankwise.core.targets import Target, dequantize, weight_parameter
+from rankwise.core.targets import Target, dequantize, is_quantized, weight_parameter
 
 Selection = tuple[tuple[str, float], ...]
 TAKEN_NAMES = frozenset(
@@ -97,9 +97,9 @@ class Adapters(nn.ModuleDict):
             terms.extend(self._change(layer, name, weight))
         for name in sorted(self._absorbed() - set(self.merged)):
             factor = weights.get(name, 0.0) if isinstance(self[name], Additive) else 0.0
-            carried = self[name].carried()
-            if carried is not None and factor != 1.0:
-                terms.append(Scaled(carried, factor - 1.0))
+            moved = self[name].moved(self.untouched(layer)) if factor != 1.0 else None
+            if moved is not None:
+                terms.append(Scaled(moved, factor - 1.0))
         return terms[0] if len(terms) == 1 else Sum(*terms)
 
     def bias(self, layer: nn.Module, selection: Selection) -> Tensor | None:
@@ -122,7 +122,8 @@ class Adapters(nn.ModuleDict):
                 parts.append(carried)
             return [part if weight == 1.0 else Scaled(part, weight) for part in parts]
         untouched = self.untouched(layer)
-        own = Sum(untouched, carried) if entry.absorbed and carried is not None else untouched
+        moved = entry.moved(untouched) if entry.absorbed else None
+        own = untouched if moved is None else Sum(untouched, moved)
         return [Scaled(entry.effective(own), weight), Scaled(untouched, -weight)]
 
     def _absorbed(self) -> set[str]:
@@ -227,9 +228,14 @@ def effective_weights(model: nn.Module) -> dict[str, Tensor]:
     """The `functional` binding: "<layer>.weight" -> adapted weight (bias too where it changes), differentiable.
 
     Use them with `functional_call`, which runs the model with its adapters switched off.
+
+    Raises:
+        TargetError: a layer is quantized.
     """
     weights = {}
     for name, layer, adapters in adapted_layers(model):
+        if is_quantized(layer):
+            raise TargetError(f"{name} is quantized, so its weight cannot be exchanged; load the model dequantized")
         weight = cast(Tensor, layer.weight)
         matrix = adapters.operator(layer).dense().to(weight.dtype)
         weights[f"{name}.weight"] = adapters.layout.from_matrix(matrix, weight)

@@ -257,9 +257,8 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], sites: Mapping[str, Any
     for site, stored in sites.items():
         entry = handle.parameterization(site)
         if stored["absorbed"]:
-            carried = entry.carried()
-            if carried is None:
-                raise CheckpointError(f"{folder}: {site} is marked as absorbed, but the file has no carried factors")
+            if entry.carried() is None and entry.replacement is None:
+                raise CheckpointError(f"{folder}: {site} is marked as absorbed, but the file has nothing that could be")
             entry.absorbed = True
             merge.rewrite(handle.targets[site])
         entry.filled(handle.targets[site].matrix())

@@ -12,15 +12,17 @@ from rankwise.core.bank import to_bytes
 from rankwise.core.bindings import Adapters
 from rankwise.core.errors import FingerprintError, shorten
 from rankwise.core.sharding import is_sharded, whole
-from rankwise.core.targets import Target, weight_parameter
+from rankwise.core.targets import Target, dequantize, is_quantized, weight_parameter
 
 
 def weight_hash(layer: nn.Module) -> str:
     """A hash of one layer's untouched weight, rounded to bfloat16, so that loading in another precision does not change it.
 
-    Kept on the layer until the weight changes; merged and absorbed parts do not count.
+    Kept on the layer until the weight changes; merged and absorbed parts do not count. Codes count by their numbers.
     """
     adapters = layer._modules.get("adapter")
+    if is_quantized(layer):  # its codes have no one address and version to be kept under
+        return tensor_hash(dequantize(layer).detach())
     parameter = weight_parameter(layer)
     weight: Tensor = parameter
     if isinstance(adapters, Adapters) and adapters.stash is not None:
@@ -30,11 +32,14 @@ def weight_hash(layer: nn.Module) -> str:
     cached = layer.__dict__.get("_rankwise_hash")
     if cached is not None and cached[0] == key:
         return cast(str, cached[1])
-    weight = whole(weight)
-    plain = weight.dequantize() if hasattr(weight, "dequantize") and type(weight) not in (Tensor, nn.Parameter) else weight
-    value = hashlib.sha256(f"{tuple(plain.shape)}".encode() + to_bytes(plain)).hexdigest()[:16]
+    value = tensor_hash(whole(weight))
     layer.__dict__["_rankwise_hash"] = (key, value)
     return value
+
+
+def tensor_hash(weight: Tensor) -> str:
+    """The hash of a weight by its shape and its numbers, rounded to bfloat16."""
+    return hashlib.sha256(f"{tuple(weight.shape)}".encode() + to_bytes(weight)).hexdigest()[:16]
 
 
 def fingerprint_of(model: nn.Module, targets: Mapping[str, Target]) -> Callable[[], dict[str, str]]:

@@ -10,12 +10,22 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rankwise.core.errors import Problem
-from rankwise.core.parameterization import INPUT, PRODUCT, Site
+from rankwise.core.parameterization import FROZEN_OUTPUT, INPUT, OUTPUT, PAIR, PRODUCT, Site
 from rankwise.core.statistics import Statistic
 from rankwise.core.step import MOMENTS
 
 if TYPE_CHECKING:
     from rankwise.core.recipe import Recipe
+
+
+_HELD = {
+    PRODUCT: "a product B A",
+    INPUT: "an input factor A",
+    OUTPUT: "an output factor B, with A = 0",
+    FROZEN_OUTPUT: "an output factor B that stays as it starts, with A = 0",
+    PAIR: "two factors that both train",
+}
+_HOLDERS = "use lora, rslora or dora (lora_xs for a product), or drop this start"
 
 
 def problems_of(recipe: Recipe, sites: Iterable[Site] = (), collected: Iterable[Statistic] | None = None) -> list[Problem]:
@@ -110,23 +120,25 @@ def _start_problems(recipe: Recipe) -> list[Problem]:
         return []
     found, start, method = [], recipe.start.build(), recipe.parameterization.name
     kinds = recipe.method.start_kinds(**recipe.parameterization.arguments)
-    what = {PRODUCT: "a product B A", INPUT: "an input factor A"}[start.kind]
     if start.kind not in kinds:
         found.append(
             Problem(
                 piece=f"start {recipe.start.name}",
-                needs=f"a parameterization that can hold {what}",
+                needs=f"a parameterization that can hold {_HELD[start.kind]}",
                 has=f"{method} {'has a start of its own' if not kinds else 'holds only ' + ', '.join(sorted(kinds))}",
-                remedy="use lora, rslora or dora (lora_xs for a product), or drop this start",
+                remedy="use lora_fa(train='A')" if start.kind == FROZEN_OUTPUT else _HOLDERS,
             )
         )
     prunes = recipe.schedule is not None and recipe.schedule.factory.prunes  # type: ignore[attr-defined]
-    if start.kind == PRODUCT and prunes and recipe.schedule is not None:
+    if start.kind in (PRODUCT, PAIR) and prunes and recipe.schedule is not None:
+        does = "puts a part of the weight into every direction, which pruning throws away"
+        if start.kind == PAIR:
+            does = "makes directions that belong together, of which pruning takes some away"
         found.append(
             Problem(
                 piece=f"schedule {recipe.schedule.name}",
                 needs="directions that can be pruned without loss",
-                has=f"start {recipe.start.name} puts a part of the weight into every direction, which pruning throws away",
+                has=f"start {recipe.start.name} {does}",
                 remedy="use a start with B = 0 (eva, nystrom_nora), or drop one of the two",
             )
         )

@@ -10,30 +10,28 @@ import warnings
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.core.bindings import Adapters
 from rankwise.core.errors import MergeError, shorten
 from rankwise.core.operators import LowRank
-from rankwise.core.targets import Target, bias_parameter, tied_with
+from rankwise.core.parameterization import Replacement
+from rankwise.core.targets import Target, bias_parameter, is_quantized, tied_with
 
 
 def refuse_merge(model: nn.Module, targets: dict[str, Target], name: str) -> None:
     """Raises before anything is touched.
 
     Raises:
-        MergeError: the adapter is merged already, a weight is tied, or a trained tensor is not finite.
+        MergeError: the adapter is merged already, a weight is tied or quantized, or a trained tensor is not finite.
     """
     for site, target in targets.items():
         adapters = _adapters(target)
         if name in adapters.merged:
             raise MergeError(f"adapter {name!r} is merged already; call unmerge_() first, merging twice would add it twice")
-        others = tied_with(model, site)
-        if others:
-            raise MergeError(
-                f"{site}.weight is the same tensor as {shorten(others)}, so merging into {site} would change both. "
-                f"Untie them first (give {site} a copy of the weight), or leave {site} unmerged and serve the adapter beside it"
-            )
+        if is_quantized(target.module):
+            raise MergeError(refusal_to_write(target))
+        refuse_tied(model, target)
         bias = bias_parameter(target.module)
         sharing = [key for key, tensor in model.named_parameters(remove_duplicate=False) if tensor is bias]
         if adapters[name].changes_bias and len(sharing) > 1:
@@ -43,6 +41,21 @@ def refuse_merge(model: nn.Module, targets: dict[str, Target], name: str) -> Non
         for role, tensor in adapters[name].named_parameters():
             if not torch.isfinite(tensor).all():
                 raise MergeError(f"{site}.{role} holds NaN or infinity; the weight was not touched. Load an earlier checkpoint")
+
+
+def refuse_tied(model: nn.Module, target: Target) -> None:
+    """Raises where writing into a weight would change another layer too.
+
+    Raises:
+        MergeError: the weight is tied.
+    """
+    others = tied_with(model, target.name)
+    if others:
+        raise MergeError(
+            f"{target.name}.weight is the same tensor as {shorten(others)}, so merging into {target.name} would change both. "
+            f"Untie them first (give {target.name} a copy of the weight), or leave {target.name} unmerged and serve the "
+            "adapter beside it (of a start: mode='offset')"
+        )
 
 
 def merge_site(target: Target, name: str) -> None:
@@ -61,11 +74,23 @@ def unmerge_site(target: Target, name: str) -> None:
 
 def absorb_site(target: Target, name: str, part: LowRank) -> None:
     """Adds a frozen low-rank part to the weight of one site and to what the adapter carries."""
-    adapters = _adapters(target)
-    if adapters.merged:
-        raise MergeError(f"{adapters.merged} is merged; unmerge before a start or a restart rewrites the weight")
-    adapters[name].carry(part, absorbed=True)
+    _refuse_merged(target)
+    _adapters(target)[name].carry(part, absorbed=True)
     _write(target, ())
+
+
+def replace_site(target: Target, name: str, replacement: Replacement) -> None:
+    """Puts what an adapter was made for in the weight's place."""
+    _refuse_merged(target)
+    entry = _adapters(target)[name]
+    entry.replacement, entry.absorbed = replacement, True
+    _write(target, ())
+
+
+def _refuse_merged(target: Target) -> None:
+    merged = _adapters(target).merged
+    if merged:
+        raise MergeError(f"{merged} is merged; unmerge before a start or a restart rewrites the weight")
 
 
 @torch.no_grad()
@@ -74,17 +99,26 @@ def report_rounding(target: Target) -> None:
     weight, adapters = target.parameter(), _adapters(target)
     if adapters.stash is None or weight.dtype not in (torch.bfloat16, torch.float16):
         return
-    exact = adapters.layout.to_matrix(adapters.stash).float()  # (m, n)
-    for other in adapters:
-        carried = adapters[other].carried()
-        if adapters[other].absorbed and carried is not None:
-            exact = exact + carried.dense().float()
+    exact = _standing(adapters, adapters.layout.to_matrix(adapters.stash).float())  # (m, n)
     error = float((adapters.layout.to_matrix(weight).float() - exact).norm() / adapters.layout.to_matrix(adapters.stash).norm())
     warnings.warn(
         f"{target.name}: what was absorbed into the weight rounds to {str(weight.dtype).removeprefix('torch.')}, which moves "
-        f"it by {100 * error:.3f} %. To avoid it load the base in float32, or keep the part beside it (pissa: mode='offset')",
+        f"it by {100 * error:.3f} %. To avoid it load the base in float32, or keep the part beside it (where there is one, "
+        "mode='offset')",
         stacklevel=2,
     )
+
+
+def _standing(adapters: Adapters, untouched: Tensor) -> Tensor:
+    """The matrix (m, n) that the weight should hold for what is replaced and absorbed."""
+    entries = [adapters[name] for name in adapters if adapters[name].absorbed]
+    matrix = untouched
+    for replacement in (entry.replacement for entry in entries if entry.replacement is not None):
+        new = replacement(untouched)
+        matrix = new if matrix is untouched else matrix + (new - untouched)  # a single one stands there to the bit
+    for carried in (entry.carried() for entry in entries):
+        matrix = matrix if carried is None else matrix + carried.dense().to(matrix.dtype)
+    return matrix
 
 
 def rewrite(target: Target) -> None:
@@ -126,22 +160,16 @@ def _write(target: Target, merged: tuple[str, ...]) -> None:
     """Sets the weight to: untouched weight + absorbed parts + updates of the merged adapters."""
     adapters, parameter = _adapters(target), target.parameter()
     if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
-        raise MergeError(f"{target.name} is quantized ({type(parameter).__name__}); load the base dequantized to merge")
+        raise MergeError(refusal_to_write(target))
     if adapters.stash is None:
         adapters.stash = parameter.detach().clone()
     parameter.copy_(adapters.stash)
     adapters.merged = ()
     wide = torch.promote_types(parameter.dtype, torch.float32)
     untouched = adapters.layout.to_matrix(adapters.stash).to(wide)
-    absorbed: list[LowRank] = []
-    for name in adapters:
-        carried = adapters[name].carried()
-        if adapters[name].absorbed and carried is not None:
-            absorbed.append(carried)
+    absorbed = any(entry.absorbed for entry in adapters.values())
     if absorbed:
-        for part in absorbed:
-            untouched = untouched + part.dense().to(wide)
-        parameter.copy_(adapters.layout.from_matrix(untouched, parameter))
+        parameter.copy_(adapters.layout.from_matrix(_standing(adapters, untouched), parameter))
     if merged:
         matrix = adapters.combined(target.module, tuple((name, 1.0) for name in merged)).dense().to(wide)
         if not torch.isfinite(matrix).all():
@@ -153,6 +181,14 @@ def _write(target: Target, merged: tuple[str, ...]) -> None:
     if not merged and not absorbed:
         parameter.copy_(adapters.stash)
         adapters.stash = None
+
+
+def refusal_to_write(target: Target) -> str:
+    """Why nothing is written into a quantized weight, and the ways out."""
+    return (
+        f"{target.name} is quantized ({type(target.parameter()).__name__}): writing into it would round once more, and not be "
+        "undone. Keep the adapter beside it (of a start: mode='offset'), or load the base dequantized to merge"
+    )
 
 
 def _adapters(target: Target) -> Adapters:

@@ -18,13 +18,16 @@ from rankwise.core.bank import Bank
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import Problem
 from rankwise.core.layouts import Layout
-from rankwise.core.operators import LowRank, Operator
+from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import generator_for
 from rankwise.core.statistics import LayerStatistics, Statistic
 
 PRODUCT = "product"  # a start that gives B A ≠ 0, placed so that the update equals it
 INPUT = "input"  # a start that gives the input factor A alone, with B = 0
+OUTPUT = "output"  # a start that gives the output factor B alone, with A = 0, and trains both
+FROZEN_OUTPUT = "frozen output"  # the same, where B then has to stay as it starts
+PAIR = "pair"  # a start that gives two factors which both have to train; their product alone would not do
 ALL_LAYOUTS = frozenset({"linear", "conv", "embedding"})
 
 
@@ -105,12 +108,24 @@ class Facts:
     expected_failures: Mapping[str, str] = field(default_factory=dict)
 
 
+class Replacement(nn.Module, ABC):
+    """Interface: what stands in the weight's place while an adapter made for it is on (LoftQ's dequantized weight).
+
+    Its buffers are stored with the adapter; from them and the untouched weight it gives the same matrix again.
+    """
+
+    @abstractmethod
+    def forward(self, untouched: Tensor) -> Tensor:
+        """The replacing matrix (m, n) for the untouched one, in the same dtype."""
+
+
 class Parameterization(nn.Module, ABC):
     """Interface: `forward(base) -> adapted operator`. Trained tensors are its parameters, frozen ones its buffers."""
 
     facts: ClassVar[Facts] = Facts()
     carried_B: Tensor | None
     carried_A: Tensor | None
+    replacement: Replacement | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +135,7 @@ class Parameterization(nn.Module, ABC):
         # were absorbed into the weight. See `Adapters` for who applies it.
         self.register_buffer("carried_B", None)
         self.register_buffer("carried_A", None)
+        self.replacement = None  # where there is one, it is absorbed
         self.absorbed = False
 
     @classmethod
@@ -129,7 +145,7 @@ class Parameterization(nn.Module, ABC):
 
     @classmethod
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
-        """Kinds of start it can hold: "product" (B A ≠ 0), "input" (A alone). Empty: it has a start of its own."""
+        """Kinds of start it can hold, of those named above (`PRODUCT`, `INPUT`, …). Empty: it has a start of its own."""
         return frozenset()
 
     @classmethod
@@ -227,12 +243,20 @@ class Parameterization(nn.Module, ABC):
         carried = self.carried()
         return self.forward(base if carried is None or self.absorbed else Sum(base, carried))
 
+    def moved(self, untouched: Operator) -> Operator | None:
+        """What this adapter changed in the base beside its own work: what it carries, and what replaces the weight."""
+        carried = self.carried()
+        if self.replacement is None:
+            return carried
+        rest = _Difference(Dense(self.replacement(untouched.dense())), untouched)
+        return rest if carried is None else Sum(rest, carried)
+
     def total_update(self, untouched: Operator) -> Operator:
         """W' - W₀ against the untouched layer: low rank where the method is additive, a dense difference elsewhere."""
-        carried = self.carried()
+        moved = self.moved(untouched)
         if self.facts.additive:
-            return self.update() if carried is None else Sum(self.update(), carried)
-        return _Difference(self.forward(untouched if carried is None else Sum(untouched, carried)), untouched)
+            return self.update() if moved is None else Sum(self.update(), moved)
+        return _Difference(self.forward(untouched if moved is None else Sum(untouched, moved)), untouched)
 
 
 class Additive(Parameterization):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.operators import LowRank, Operator
+from rankwise.core.parameterization import Replacement
 from rankwise.core.statistics import LayerStatistics, Statistic
 from rankwise.core.step import Block
 
@@ -21,9 +22,10 @@ class Approximation(Protocol):
 
     Attributes:
         needs: statistics it reads.
-        kind: "product" where B A ≠ 0, "input" where B = 0 and only A is meant.
+        kind: "product" where B A ≠ 0, "input" where B = 0 and only A is meant, and the others of `core.parameterization`.
         shifted: as a start, the published method begins away from the base on purpose (LoRA-One, LoRA-SB).
-        mode: as a start that is not shifted, "offset" (keep W, subtract the frozen start) or "absorb" (rewrite W).
+        mode: as a start that is not shifted, "offset" (keep W, subtract the frozen start) or "absorb" (rewrite W);
+            "none" where B A = 0 leaves nothing to subtract; "simulated" where something else takes W's place, see `Replacing`.
     """
 
     needs: frozenset[Statistic]
@@ -33,6 +35,20 @@ class Approximation(Protocol):
 
     def __call__(self, statistics: LayerStatistics, rank: int, *, generator: torch.Generator, scale: float = 1.0) -> LowRank:
         """Factors (B, A). As a start they are loaded as they are, and the layer applies scale · B A."""
+        ...
+
+
+class Replacing(Approximation, Protocol):
+    """A start of mode "simulated": it replaces the weight, and its factors belong to what stands there then."""
+
+    def with_base(
+        self, statistics: LayerStatistics, rank: int, *, generator: torch.Generator, scale: float = 1.0
+    ) -> tuple[LowRank, Replacement]:
+        """The factors, and what replaces the weight."""
+        ...
+
+    def blank(self, m: int, n: int, rank: int) -> Replacement:
+        """A replacement whose buffers will be filled from a file."""
         ...
 
 

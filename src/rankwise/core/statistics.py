@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core.errors import StatisticsError, TrainingError
+from rankwise.core.targets import is_quantized
 
 
 class Statistic(enum.Enum):
@@ -63,13 +64,21 @@ class MomentCollector:
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one layer. Asking for one that was not collected is an error that says what to pass to `collect`."""
+    """Statistics of one layer. Asking for one that was not collected is an error that says what to pass to `collect`.
+
+    Attributes:
+        site: its name.
+        weight: W (m, n).
+        gradient, inputs, outputs: what was collected.
+        frozen: the numbers (m, n) that stand in the layer, where it is quantized and `weight` may be from before that.
+    """
 
     site: str
     weight: Tensor
     gradient: Tensor | None = None
     inputs: MomentCollector | None = None
     outputs: MomentCollector | None = None
+    frozen: Tensor | None = None
 
     def require_gradient(self) -> Tensor:
         """G (m, n), the mean gradient."""
@@ -170,8 +179,11 @@ def collect_at(
 
 def _gradient_hook(target: Any, statistics: LayerStatistics) -> Any:
     weight = target.parameter()
-    if not weight.is_floating_point():
-        raise StatisticsError(f"{statistics.site}: a quantized weight ({weight.dtype}) has no gradient; use a dequantized base")
+    if is_quantized(target.module):
+        raise StatisticsError(
+            f"{statistics.site}: a quantized weight ({type(weight).__name__}) has no gradient; collect on the model before it "
+            "is quantized and pass the result as statistics="
+        )
     weight.requires_grad_(True)
 
     def receive(parameter: Tensor) -> None:

@@ -63,20 +63,39 @@ def bias_parameter(layer: nn.Module) -> nn.Parameter | None:
     return cast("nn.Parameter | None", getattr(layer, "bias", None))
 
 
-def dequantize(layer: nn.Module) -> Tensor:
-    """The layer's weight as ordinary numbers.
-
-    One dispatch per quantization backend: tensors that know `dequantize()` (torchao, quantized torch tensors) use it.
-    """
-    weight: Tensor = weight_parameter(layer)
-    if not weight.is_floating_point() and not hasattr(weight, "dequantize"):
-        raise TargetError(
-            f"{type(layer).__name__} keeps its weight as {weight.dtype}, which rankwise cannot dequantize; "
-            "load the model without quantization, or with torchao"
-        )
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the layer keeps its weight in codes (torchao, bitsandbytes, torch's own) and not as ordinary numbers."""
+    weight = weight_parameter(layer)
     if type(weight) in (Tensor, nn.Parameter):
+        return not weight.is_floating_point()
+    return not weight.is_floating_point() or type(weight).dequantize is not Tensor.dequantize
+
+
+def dequantize(layer: nn.Module) -> Tensor:
+    """The layer's weight as ordinary numbers, in the layer's own orientation.
+
+    One dispatch per quantization backend, none of which is imported before a layer of its own is met.
+
+    Raises:
+        TargetError: a quantized weight of an unknown kind.
+    """
+    weight: Any = weight_parameter(layer)
+    if not is_quantized(layer):
         return weight
-    return weight.dequantize() if hasattr(weight, "dequantize") else weight
+    if type(weight).dequantize is not Tensor.dequantize or weight.is_quantized:  # torchao; torch's own
+        return weight.dequantize()
+    if getattr(weight, "quant_state", None) is not None:  # bitsandbytes, 4 bits: packed, its shape lies in the state
+        from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found]
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    scales = getattr(weight, "SCB", None)  # bitsandbytes, 8 bits: one scale per row; the first forward may move it
+    scales = getattr(getattr(layer, "state", None), "SCB", None) if scales is None else scales
+    if weight.dtype is torch.int8 and scales is not None:
+        return weight.data * (scales / 127.0)[:, None]
+    raise TargetError(
+        f"{type(layer).__name__} keeps its weight as {weight.dtype} ({type(weight).__name__}), which rankwise cannot "
+        "dequantize; load the model without quantization, with torchao, or with bitsandbytes"
+    )
 
 
 def target_of(name: str, module: nn.Module) -> Target | None:

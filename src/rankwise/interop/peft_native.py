@@ -36,7 +36,8 @@ def native_form(handle: Handle) -> Form:
 
 
 def _refuse_carried(handle: Handle) -> None:
-    carrying = [site for site in handle.targets if handle.parameterization(site).carried() is not None]
+    entries = {site: handle.parameterization(site) for site in handle.targets}
+    carrying = [site for site, entry in entries.items() if entry.carried() is not None or entry.replacement is not None]
     if carrying:
         raise ExportError(
             f"{handle.recipe.name!r} moved the base at {len(carrying)} layers (its start or a restart), which this form cannot "
@@ -81,7 +82,7 @@ def _dora(handle: Handle) -> Form:
         entry = handle.parameterization(site)
         carried = entry.carried()
         pair = as_low_rank(entry.update() if carried is None else Sum(entry.update(), carried))
-        if pair is None:
+        if pair is None or entry.replacement is not None:
             raise ExportError(f"{site}: what DoRA adds inside the norm is not of low rank here; merge_() and save the model")
         pairs[site] = pair.folded()
     common = max(1, *(pair.rank for pair in pairs.values()))

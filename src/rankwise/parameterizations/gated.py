@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank, Operator
-from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
+from rankwise.core.parameterization import INPUT, OUTPUT, PAIR, PRODUCT, Additive, Site
 from rankwise.core.piece import register
 
 
@@ -72,7 +72,7 @@ class GatedLoRA(Additive):
 
     @classmethod
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
-        return frozenset({PRODUCT, INPUT})
+        return frozenset({PRODUCT, INPUT, OUTPUT, PAIR})
 
     @classmethod
     def gate_starts_open(cls, **arguments: Any) -> bool:
@@ -84,7 +84,7 @@ class GatedLoRA(Additive):
 
     def load_factors(self, factors: LowRank) -> None:
         self.A.copy_(factors.A)
-        if bool(factors.B.any()):  # a product
+        if bool(factors.B.any()):  # a product, an output factor or a pair
             self.B.copy_(factors.B)
             self.gate.fill_(1.0)
         elif self.form == "sora":  # an input factor: the zero stays in B, or in the gate

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Dense, LowRank, Operator
-from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
+from rankwise.core.parameterization import FROZEN_OUTPUT, INPUT, OUTPUT, PAIR, PRODUCT, Additive, Site
 from rankwise.core.piece import register
 from rankwise.core.queries import svd
 from rankwise.parameterizations.corrected import correct_gradient
@@ -52,10 +52,11 @@ class LoRA(Additive):
         alpha: numerator of the scale s; None means r.
         scale: "lora" (alpha / r), "rslora" (alpha / √r) or "constant" (alpha).
         dropout: probability of dropping an input of the update's branch.
-        input_start: how A starts: "kaiming" U(±1/√n), "gaussian" N(0, 1/r²), "orthonormal" rows, or "leading" or "trailing"
-            right singular vectors of W.
+        input_start: how A starts: "kaiming" U(±1/√n), "gaussian" N(0, 1/r²), "sketch" N(0, 1/r), "orthonormal" rows, or
+            "leading" or "trailing" right singular vectors of W.
         freeze_input: keep A as it starts and train B from 0.
-        freeze_output: keep B at random orthonormal columns and train A from 0, the control of the asymmetry paper.
+        freeze_output: keep B as it starts and train A from 0, the control of the asymmetry paper.
+        output_start: how a frozen B starts: "orthonormal" columns, or "sketch" N(0, 1/r).
         correct: with a frozen A, ε for which the gradient of B becomes (1/s²) ∂L/∂B (A Aᵀ + ε I)⁻¹ (see `corrected.py`).
     """
 
@@ -73,6 +74,7 @@ class LoRA(Additive):
         input_start: str = "kaiming",
         freeze_input: bool = False,
         freeze_output: bool = False,
+        output_start: str = "orthonormal",
         correct: float | None = None,
     ) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class LoRA(Additive):
         if not 0.0 <= dropout < 1.0:
             raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
         self.rank, self.scale, self.dropout = rank, scale_of(scale, alpha, rank), dropout
-        self.thin, self.input_start = site.thin, input_start
+        self.thin, self.input_start, self.output_start = site.thin, input_start, output_start
         self.frozen = "A" if freeze_input else "B" if freeze_output else ""
         for role, factor in zip("BA", self._draw(site), strict=True):  # (m, r), (r, n)
             if role == self.frozen:
@@ -97,10 +99,18 @@ class LoRA(Additive):
     def _draw(self, site: Site) -> tuple[Tensor, Tensor]:
         """B (m, r) and A (r, n) with B A = 0. The zero sits in A for an embedding, whose columns are looked up one by one."""
         if self.frozen == "B":
-            return torch.linalg.qr(site.normal(site.m, self.rank))[0], site.zeros(self.rank, site.n)
+            return self._frozen_output(site), site.zeros(self.rank, site.n)
         if site.layout.kind == "embedding" and not self.frozen:
             return site.normal(site.m, self.rank), site.zeros(self.rank, site.n)
         return site.zeros(site.m, self.rank), self._input_factor(site)
+
+    def _frozen_output(self, site: Site) -> Tensor:
+        """B (m, r) as `output_start` says."""
+        if self.output_start not in ("orthonormal", "sketch"):
+            raise ArgumentError(f"output_start is orthonormal or sketch, not {self.output_start!r}")
+        if self.output_start == "sketch":
+            return site.normal(site.m, self.rank, std=self.rank**-0.5)
+        return torch.linalg.qr(site.normal(site.m, self.rank))[0]
 
     def _input_factor(self, site: Site) -> Tensor:
         """A (r, n) as `input_start` says."""
@@ -109,13 +119,17 @@ class LoRA(Additive):
                 return site.uniform(self.rank, site.n, bound=1.0 / math.sqrt(site.n))
             case "gaussian":
                 return site.normal(self.rank, site.n, std=1.0 / self.rank)
+            case "sketch":
+                return site.normal(self.rank, site.n, std=self.rank**-0.5)
             case "orthonormal":
                 return torch.linalg.qr(site.normal(site.n, self.rank))[0].t().contiguous()
             case "leading":
                 return site.cast(svd(Dense(site.weight())).Vh[: self.rank])
             case "trailing":
                 return site.cast(svd(Dense(site.weight())).Vh[-self.rank :])
-        raise ArgumentError(f"input_start is kaiming, gaussian, orthonormal, leading or trailing, not {self.input_start!r}")
+        raise ArgumentError(
+            f"input_start is kaiming, gaussian, sketch, orthonormal, leading or trailing, not {self.input_start!r}"
+        )
 
     @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
@@ -124,7 +138,9 @@ class LoRA(Additive):
 
     @classmethod
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
-        return frozenset({PRODUCT, INPUT})
+        if arguments.get("freeze_output"):  # an input factor would leave B = 0 for good
+            return frozenset({PRODUCT, FROZEN_OUTPUT})
+        return frozenset({PRODUCT, INPUT} if arguments.get("freeze_input") else {PRODUCT, INPUT, OUTPUT, PAIR})
 
     def update(self) -> Operator:
         B = self.B

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.checkpoint import JSON_NAME, read
-from rankwise.core.errors import CheckpointError
+from rankwise.core.errors import CheckpointError, shorten
 from rankwise.core.operators import LowRank
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.lora import LoRA, scale_of
@@ -42,6 +42,12 @@ def read_adapter(directory: str | Path) -> StoredAdapter:
         raise CheckpointError(
             f"{folder} holds {recipe.parameterization}, which a bank cannot read without its model; load it with "
             "handle = rankwise.load_(model, folder) and register(name, handle.updates()), where its updates have factors"
+        )
+    replaced = [site for site in sites if any(key.startswith(f"{site}.replacement.") for key in tensors)]
+    if replaced:
+        raise CheckpointError(
+            f"{folder} replaces its base ({shorten(replaced)}), which the rows of other adapters do not share; "
+            "use rankwise.load_"
         )
     if description.get("auxiliary"):
         raise CheckpointError(
