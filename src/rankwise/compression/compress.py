@@ -57,7 +57,7 @@ def compress_(
     ranks = _ranks(targets, keep, rank)
     if approximation.kind != PRODUCT or approximation.shifted:
         raise ArgumentError(
-            f"{type(approximation).__name__} is a start for training (B = 0, or a step away from the weight) and gives no product "
+            f"{type(approximation).__name__} is a start for training (B = 0, or a step away from the weight), no product "
             "that could stand for a weight; use SVDLLM or PiSSA"
         )
     known = _statistics(targets, statistics, approximation)
