@@ -41,16 +41,16 @@ def common_subspace(updates: Sequence[Operator]) -> tuple[Tensor, Tensor]:
     """U (m, k), orthonormal, and S (k,) descending of the updates (m, n_i) side by side, in float64."""
     pairs = [as_low_rank(update) for update in updates]
     exact = [pair.folded() for pair in pairs if pair is not None]
-    m = updates[0].shape[0]
-    if len(exact) == len(pairs) and sum(pair.rank for pair in exact) < m:
-        Q, R = torch.linalg.qr(torch.cat([_wide(pair.B) for pair in exact], dim=1))  # (m, k), (k, k)
+    if len(exact) == len(pairs) and sum(pair.rank for pair in exact) < updates[0].shape[0]:
+        Q, R = torch.linalg.qr(torch.cat([pair.B.double() for pair in exact], dim=1))  # (m, k), (k, k)
         parts = R.split([pair.rank for pair in exact], dim=1)
-        cores = [part @ torch.linalg.qr(_wide(pair.A).t())[1].t() for part, pair in zip(parts, exact, strict=True)]
+        cores = [part @ torch.linalg.qr(pair.A.double().t())[1].t() for part, pair in zip(parts, exact, strict=True)]
         u, S, _ = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
         return Q @ u, S
-    gram = sum((_wide(update.dense()) @ _wide(update.dense()).t() for update in updates), torch.zeros(m, m).double())  # (m, m)
+    matrices = [update.dense().double() for update in updates]
+    gram = torch.stack([matrix @ matrix.t() for matrix in matrices]).sum(0)  # (m, m)
     values, vectors = torch.linalg.eigh(gram)
-    noise = torch.finfo(values.dtype).eps * m * values[-1]
+    noise = torch.finfo(values.dtype).eps * values.numel() * values[-1]
     return vectors.flip(1), torch.where(values > noise, values, torch.zeros_like(values)).flip(0).sqrt()
 
 
@@ -118,7 +118,7 @@ class CoRA:
     def updates(self, statistics: LayerStatistics) -> list[Operator]:
         """What is stacked for this layer."""
         self._read = self._read or [read_stored(folder) for folder in self.sources]
-        site, W = statistics.site, statistics.weight
+        site, W = statistics.site, statistics.weight.cpu()
         found: list[Operator] = []
         for adapter in self._read:
             own = adapter.update(site, W)
@@ -148,7 +148,3 @@ def _check_base(adapter: StoredAdapter, site: str, W: Tensor) -> None:
             f"{adapter.folder} was trained on another base: the weight of {site} differs. Directions of different bases have "
             "nothing in common; take adapters of one base"
         )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
