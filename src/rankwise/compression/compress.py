@@ -11,13 +11,14 @@ from torch import nn
 from rankwise.approximations.weighted_svd import root_of, weighted_spectrum
 from rankwise.compression.factorized import Factorized, factorized
 from rankwise.compression.report import CompressionReport, LayerReport
+from rankwise.core.bypass import bypass_of
 from rankwise.core.errors import ArgumentError, StatisticsError, TargetError, did_you_mean, shorten
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import PRODUCT
 from rankwise.core.protocols import Approximation
 from rankwise.core.randomness import generator_for
 from rankwise.core.statistics import LayerStatistics, Statistic
-from rankwise.core.targets import Target, Where, find_targets, reader_of, tied_with
+from rankwise.core.targets import Target, Where, find_targets, tied_with
 
 
 def rank_for(m: int, n: int, keep: float) -> int:
@@ -57,8 +58,8 @@ def compress_(
     ranks = _ranks(targets, keep, rank)
     if approximation.kind != PRODUCT or approximation.shifted:
         raise ArgumentError(
-            f"{type(approximation).__name__} is a start for training (B = 0, or a step away from the weight), no product "
-            "that could stand for a weight; use SVDLLM or PiSSA"
+            f"{type(approximation).__name__} is a start for training (B = 0, or a step away from the weight) and gives no "
+            "product that could stand for a weight; use SVDLLM or PiSSA"
         )
     known = _statistics(targets, statistics, approximation)
     before = sum(parameter.numel() for parameter in model.parameters())
@@ -108,10 +109,9 @@ def choose(model: nn.Module, where: Where, skip: Sequence[str] = ()) -> tuple[di
                 f"{site}.weight is the same tensor as {shorten(others)}; replacing it would untie them and make the model "
                 f"larger. Leave it out with skip=[{site!r}]"
             )
-        if reader_of(model, site) is not None:
-            raise TargetError(
-                f"{site}: {reader_of(model, site)} reads this weight without calling the layer; use skip=[{site!r}]"
-            )
+        reason = bypass_of(model, site)
+        if reason is not None:
+            raise TargetError(f"{site}: {reason}; use skip=[{site!r}]")
     return targets, skipped
 
 
