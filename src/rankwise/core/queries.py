@@ -134,33 +134,43 @@ def row_norms(operator: Operator) -> Tensor:
     """(m,) norms of the rows, in at least float32.
 
     For a frozen base plus a low-rank update no dense (m, n) matrix is formed:
-    ‖w_i + (B A)_i‖² = ‖w_i‖² + 2 ⟨(W Aᵀ)_i, B_i⟩ + B_i (A Aᵀ) B_iᵀ.
+    ‖w_i + (B A)_i‖² = ‖w_i‖² + 2 ⟨(W Aᵀ)_i, B_i⟩ + B_i (A Aᵀ) B_iᵀ, and with scaled columns the same with weights.
     """
     with full_precision():
         return _row_norms(operator)
 
 
 def _row_norms(operator: Operator) -> Tensor:
-    base, update = _split(operator)
+    inner, weights = (operator.inner, operator.scale.square()) if isinstance(operator, ColumnScale) else (operator, None)
+    base, update = _split(inner)
     if base is None or update is None:
         return wide(operator.dense()).norm(dim=1)
     W, pair = wide(base.dense()), update.folded()
     B, A = wide(pair.B), wide(pair.A)
-    cross = (A @ W.t()).t()  # (m, r): W Aᵀ, with the thin matrix first, which is faster
-    half = torch.addmm(cross, B, A @ A.t(), alpha=0.5)  # (m, r): W Aᵀ + ½ B A Aᵀ
-    return _root(torch.add(_square_row_norms(base, W), (half * B).sum(1), alpha=2))
+    weighted = A if weights is None else A * weights  # (r, n)
+    cross = (weighted @ W.t()).t()  # (m, r): W Aᵀ, with the thin matrix first, which is faster
+    half = torch.addmm(cross, B, weighted @ A.t(), alpha=0.5)  # (m, r): W Aᵀ + ½ B A Aᵀ
+    square = _square_row_norms(base, W) if weights is None else W.square() @ weights  # (m,)
+    return _root(torch.add(square, (half * B).sum(1), alpha=2))
 
 
 def column_norms(operator: Operator) -> Tensor:
     """(n,) norms of the columns, in at least float32, by the same identity on the transposed factors."""
-    base, update = _split(operator)
+    with full_precision():
+        return _column_norms(operator)
+
+
+def _column_norms(operator: Operator) -> Tensor:
+    inner, weights = (operator.inner, operator.scale.square()) if isinstance(operator, RowScale) else (operator, None)
+    base, update = _split(inner)
     if base is None or update is None:
         return wide(operator.dense()).norm(dim=0)
     W, pair = wide(base.dense()), update.folded()
     B, A = wide(pair.B), wide(pair.A)
-    cross = ((B.t() @ W) * A).sum(0)  # (n,)
-    square = (((B.t() @ B) @ A) * A).sum(0)  # (n,)
-    return _root(W.square().sum(0) + 2 * cross + square)
+    weighted = B if weights is None else B * weights[:, None]  # (m, r)
+    cross = ((weighted.t() @ W) * A).sum(0)  # (n,)
+    square = (((weighted.t() @ B) @ A) * A).sum(0)  # (n,)
+    return _root((W.square().sum(0) if weights is None else weights @ W.square()) + 2 * cross + square)
 
 
 def frobenius(operator: Operator) -> Tensor:
