@@ -73,6 +73,8 @@ def _steps(recipes: list[Recipe]) -> tuple[Piece, ...]:
         is_default_maker = step.name == "adamw" and not step.arguments
         if is_default_maker and (makers_owned or step in unique):
             continue
+        if not step.arguments and any(other.name == step.name and other.arguments for other in owned):
+            continue  # named with its defaults by a method that needs it, and with arguments by the user
         if step not in unique:
             unique.append(step)
     if not any(step.build().stage == MOMENTS for step in unique):
