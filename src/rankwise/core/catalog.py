@@ -57,7 +57,8 @@ class Entry:
         flops: of a parameterization, extra FLOPs in matrix products of the forward, as a Python expression in m, n, T (tokens)
             and the arguments; the contract counts them.
         cost: extra cost, as a formula or a sentence.
-        state: of a step, numbers kept per layer beside counters, as a Python expression in m, n, r; the contract counts them.
+        state: of a step, numbers kept per layer beside counters, as a Python expression in m, n, r and `numbers`, the trained
+            ones; the contract counts them.
         merges: "exact", or how the weight is changed.
         exports: "exact at rank r", or why not.
         when: one honest sentence on when to use it.
