@@ -19,6 +19,7 @@ arXiv:2405.17604.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ from rankwise.core.operators import Chain, Dense, LowRank, Operator
 from rankwise.core.parameterization import PRODUCT, Additive, Facts, Site
 from rankwise.core.piece import register
 from rankwise.core.queries import SVD, svd
+from rankwise.parameterizations.frame import Framed
 from rankwise.parameterizations.lora import scale_of
 
 
 @register("parameterization")
-class SmallCore(Additive):
+class SmallCore(Framed, Additive):
     """W' = W + s · B R A, with R trained.
 
     Args:
@@ -49,6 +51,7 @@ class SmallCore(Additive):
     """
 
     facts = Facts(starts_at_base=False)
+    frame = {"B": "mr", "A": "rn"}
     A: Tensor
     B: Tensor
 
@@ -73,22 +76,19 @@ class SmallCore(Additive):
             raise ArgumentError(f"singular_values is input, output or both, not {singular_values!r}")
         self.rank, self.scale, self.dropout, self.thin = rank, scale_of("lora", alpha, rank), dropout, site.thin
         self.frames, self.singular_values, self.iterations = frames, singular_values, iterations
-        B, A = self._frames(site)
-        self.register_buffer("B", B)  # (m, r)
-        self.register_buffer("A", A)  # (r, n)
+        self.hold(site, rank)
         self.R = nn.Parameter(site.normal(rank, rank, std=core_std, purpose="core"))  # (r, r)
 
-    def _frames(self, site: Site) -> tuple[Tensor, Tensor]:
-        """B (m, r) and A (r, n), read off the site's weight or drawn."""
+    def read(self, site: Site) -> Mapping[str, Tensor]:
         r = self.rank
         if self.frames == "kaiming":
             B = site.uniform(site.m, r, bound=1 / math.sqrt(r), purpose="output frame")
-            return B, site.uniform(r, site.n, bound=1 / math.sqrt(site.n), purpose="input frame")
+            return {"B": B, "A": site.uniform(r, site.n, bound=1 / math.sqrt(site.n), purpose="input frame")}
         weight = site.weight()
         whole = svd(Dense(weight)) if self.iterations is None else self._randomized(weight, site)
         U, S, Vh = whole.truncated(r)
         power = {"input": 0.0, "both": 0.5, "output": 1.0}[self.singular_values]
-        return site.cast(U * S**power), site.cast(S[:, None] ** (1 - power) * Vh)
+        return {"B": U * S**power, "A": S[:, None] ** (1 - power) * Vh}
 
     def _randomized(self, weight: Tensor, site: Site) -> SVD:
         """The leading triplets from a random range of width r + 8 and `iterations` power iterations."""
@@ -118,7 +118,6 @@ class SmallCore(Additive):
         self.R.copy_(torch.diag(S))
 
     def restart(self, site: Site) -> None:
-        B, A = self._frames(site)
-        self.B.copy_(B)
-        self.A.copy_(A)
+        for name, tensor in ({} if site.blank else self.read(site)).items():
+            self.get_buffer(name).copy_(tensor)
         self.R.zero_()
