@@ -20,24 +20,19 @@ Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen: DoRA: Weight-Decomposed Low-Rank A
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from rankwise.core.bank import Bank
 from rankwise.core.combinators import Dropped, RowScale, Sum
-from rankwise.core.errors import ArgumentError
-from rankwise.core.operators import Base, LowRank, Operator
+from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Facts, Site
 from rankwise.core.piece import Piece, register
 from rankwise.core.queries import row_norms
-from rankwise.parameterizations.inner import Wrapping, build_inner, inner_piece
-from rankwise.parameterizations.plan import Plan, can_plan
+from rankwise.parameterizations.inner import build_inner, inner_piece
+from rankwise.parameterizations.planned import Planned
 
 
 @register("parameterization")
-class Magnitude(Wrapping):
+class Magnitude(Planned):
     """W' = diag(μ / ‖W + U‖_row) (W + U).
 
     Args:
@@ -52,7 +47,6 @@ class Magnitude(Wrapping):
 
     facts = Facts(additive=False, exact_lora_export=False)
     own_roles = frozenset({"magnitude"})
-    bank: Bank | None
 
     def __init__(
         self,
@@ -66,12 +60,8 @@ class Magnitude(Wrapping):
         detach_norm: bool = True,
         direction: bool = True,
     ) -> None:
-        super().__init__()
-        if not 0.0 <= dropout < 1.0:
-            raise ArgumentError(f"dropout is a probability in [0, 1), not {dropout}")
-        self.dropout, self.thin, self.detach_norm = dropout, site.thin, detach_norm
-        self.plan, self.n = Plan(), site.n
-        object.__setattr__(self, "bank", site.bank)  # a child of the model's root already
+        super().__init__(site, dropout=dropout, detach_norm=detach_norm)
+        self.n = site.n
         self.inner = build_inner(inner_piece(inner, rank, alpha, scale), site) if direction else None
         if self.inner is not None:
             self.rank, self.scale = self.inner.rank, self.inner.scale
@@ -84,52 +74,19 @@ class Magnitude(Wrapping):
         return LowRank(nothing, nothing.new_zeros(0, self.n))
 
     def forward(self, base: Operator) -> Operator:
-        gain = self._gain(base)
+        gain = self.kept(base, self._gain)  # (m,)
         if self.training and self.dropout and self.thin is not None:
             changed: Operator = RowScale(base, gain - 1)
             if self.inner is not None:
                 changed = Sum(changed, RowScale(self.inner.update(), gain))
             return Sum(base, Dropped(changed, self.dropout, self.thin))
-        return RowScale(self._direction(base), gain)
-
-    def _direction(self, base: Operator) -> Operator:
-        return base if self.inner is None else Sum(base, self.inner.update())  # V (m, n)
+        return RowScale(self.direction(base), gain)
 
     def _gain(self, base: Operator) -> Tensor:
-        """The gain g = μ / ‖V‖ (m,), from the plan where nothing changed."""
-        sources = self._sources(base)
-        kept = None if sources is None else self.plan.find(sources)
-        if kept is not None:
-            return kept
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-            norms = row_norms(self._direction(base))  # (m,)
-        gain = self.magnitude / torch.where(norms > 0, norms, 1.0)  # (m,)
-        if sources is not None:
-            self.plan.keep(sources, gain)
-        return gain
-
-    def _sources(self, base: Operator) -> list[Tensor] | None:
-        """Every tensor that g depends on, or None where g must be computed afresh."""
-        if torch.compiler.is_compiling():
-            return None
-        first = base.terms[0] if isinstance(base, Sum) else base
-        weight = first.plain_weight() if isinstance(first, Base) else None
-        if self.training or torch.is_grad_enabled() or weight is None:
-            self.plan.drop()
-            return None
-        shared = [] if self.bank is None else [*self.bank.parameters(), *self.bank.buffers()]
-        sources = [weight, *self.parameters(), *self.buffers(), *shared]
-        return sources if can_plan(sources) else None
+        """G = μ / ‖V‖ (m,)."""
+        return self.gain(self.magnitude, self.direction(base), row_norms)
 
     def refresh(self, base: Operator) -> None:
         if self.inner is not None:
             self.inner.refresh(base)
-        self.magnitude.copy_(row_norms(self._direction(base)))
-
-    def train(self, mode: bool = True) -> Magnitude:
-        self.plan.drop()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        self.plan.drop()
-        super()._load_from_state_dict(*arguments, **keywords)
+        self.magnitude.copy_(row_norms(self.direction(base)))
