@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from rankwise.catalog.parameterizations import full, lora
+from rankwise.catalog.spectral import soda
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import Piece, piece
 from rankwise.core.recipe import Recipe
 from rankwise.core.step import MOMENTS
 from rankwise.steps import galore as projections
-from rankwise.steps import moments, ratio
+from rankwise.steps import moments, ratio, stiefel
 from rankwise.steps import reflora as refactored
 from rankwise.steps import scaled_gd as scaled
 
@@ -135,6 +136,29 @@ def galore(
         projections.galore, rank=rank, scale=scale, refresh=refresh, side=side, weight_decay=weight_decay, inner=within
     )
     return Recipe(name="galore", parameterization=full().parameterization, step=(projected,), own=frozenset({"step"}))
+
+
+@entry(
+    "step",
+    title="Stiefel-Adam",
+    formula="X ← retract(X − η X D), D = Y/(√P + ε) skew, from S − Sᵀ with S = XᵀG",
+    reference=Reference(
+        "Kong, Wang, Tao",
+        "Momentum Stiefel Optimizer, with Applications to Suitably-Orthogonal Attention, and Optimal Transport",
+        2022,
+        "2205.14173",
+    ),
+    cost="2 state numbers per trained number; a few products of tiny matrices per step",
+    state="2*numbers",
+    when="For soda, whose rotations a plain Adam would take off the orthogonal group.",
+    variants=("stiefel_adam(retraction='cayley')", "stiefel_adam(retraction='exponential')"),
+)
+def stiefel_adam(
+    *, betas: tuple[float, float] = (0.9, 0.99), epsilon: float = 1e-5, retraction: str = "newton_schulz"
+) -> Recipe:
+    """Adam along the orthogonal group for the rotations Q_1, Q_2, Q_3, and AdamW for the rest."""
+    step = piece(stiefel.stiefel_adam, betas=betas, epsilon=epsilon, retraction=retraction)
+    return Recipe(name="stiefel_adam", parameterization=soda().parameterization, step=(step,), own=frozenset({"step"}))
 
 
 def _single_step(recipe: Recipe) -> Piece:
