@@ -262,3 +262,4 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], sites: Mapping[str, Any
                 raise CheckpointError(f"{folder}: {site} is marked as absorbed, but the file has no carried factors")
             entry.absorbed = True
             merge.rewrite(handle.targets[site])
+        entry.filled(handle.targets[site].matrix())

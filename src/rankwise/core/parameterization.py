@@ -184,6 +184,9 @@ class Parameterization(nn.Module, ABC):
     def refresh(self, base: Operator) -> None:
         """Recomputes what was read off the base, after a start has moved it."""
 
+    def filled(self, weight: Tensor) -> None:
+        """A file has filled the tensors that are stored; reads the others off the frozen matrix (m, n) again."""
+
     def restart(self, site: Site) -> None:
         """Draws the trained tensors again, from a freshly seeded site, so that `update()` is zero; see `restarts`."""
         raise TypeError(f"{type(self).__name__} cannot be restarted; this is a bug in rankwise")
