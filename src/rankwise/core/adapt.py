@@ -269,5 +269,6 @@ def _start(recipe: Recipe, target: Target, name: str, site: Site) -> None:
             else:
                 entry.carry(minus, absorbed=False)
         carried = entry.carried()
-        base = adapters.base(target.module)
+        # Another adapter may be merged into the weight; only what this one absorbed belongs to its base.
+        base = adapters.base(target.module) if entry.absorbed else adapters.untouched(target.module)
         entry.refresh(base if carried is None or entry.absorbed else Sum(base, carried))
