@@ -30,10 +30,12 @@ class Framed(Parameterization):
     Attributes:
         frame: the frame's buffers, name -> shape in the letters m, n and r, such as {"B": "mr", "A": "rn"}.
         indices: those of them that hold whole numbers.
+        derived: those that no file needs to keep, since `filled` finds them from the others and the weight.
     """
 
     frame: ClassVar[Mapping[str, str]]
     indices: ClassVar[frozenset[str]] = frozenset()
+    derived: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def read(self, site: Site) -> Mapping[str, Tensor]:
@@ -47,7 +49,8 @@ class Framed(Parameterization):
             tensor = site.zeros(*(sizes[letter] for letter in letters))
             if name in self.indices:
                 tensor = tensor.long()
-            self.register_buffer(name, tensor if site.blank else tensor.copy_(found[name]))
+            tensor = tensor if site.blank else tensor.copy_(found[name])
+            self.register_buffer(name, tensor, persistent=name not in self.derived)
 
 
 class Composed(Operator):

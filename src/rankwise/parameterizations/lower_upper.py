@@ -8,7 +8,8 @@ those that come first in pivot order, not the largest. s = α/r. Any z₀ starts
 U(±|mean|/2) ("uniform"). With r = min(m, n), s = 1 and "lu", z = c D gives c W. L and U are not orthogonal: coordinates
 interact through their Grams. An LU takes about a tenth of an SVD's time. Exactly LoRA of rank r; FLOPs as for SVFit.
 
-Where a pivot is zero (to rounding), its row of U cannot be divided by it: that direction is left out, with a warning.
+Where a pivot is zero (to rounding), its row of U cannot be divided by it; it stays as it is, with D_i = 1, which keeps W = P L
+diag(D) U and the direction.
 
 *Differs* from the release: z₀ is the starting z for every start (its normal(0, 1), ones and zeros begin away from W); P is
 not kept as a matrix, since (P L)_r is; s is not trained. An embedding is decomposed as its table Wᵀ = P L diag(D) U, as there:
@@ -20,7 +21,6 @@ Fine-Tuning, 2024, arXiv:2410.13618.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,20 +77,13 @@ class LowerUpper(Framed, Additive):
         packed, order = pivoted_lu(weight)  # (m, n), (m,)
         pivots = packed.diagonal()  # (k,)
         noise = torch.finfo(packed.dtype).eps * max(weight.shape) * pivots.abs().max()
-        dead = pivots[:r].abs() <= noise  # (r,)
-        if dead.any():
-            warnings.warn(
-                f"{site.name}: {int(dead.sum())} of the {r} leading pivots are zero, so these numbers will train nothing; the "
-                "weight is singular (pruned?). Use svfit there, or a smaller rank",
-                stacklevel=2,
-            )
+        pivots = torch.where(pivots.abs() > noise, pivots, 1.0)[:r]  # (r,)
         lower = torch.zeros_like(weight[:, :r])  # (m, r)
         lower[order] = packed[:, :r].tril(-1) + torch.eye(*lower.shape, dtype=weight.dtype, device=weight.device)
-        divisor = torch.where(dead, torch.inf, pivots[:r])  # (r,)
-        upper = packed[:r].triu() / divisor[:, None]  # (r, n)
+        upper = packed[:r].triu() / pivots[:, None]  # (r, n)
         if table:
             lower, upper = upper.t(), lower.t()
-        return {"lower": lower, "upper": upper, "diagonal_start": self._starting(pivots[:r], site)}
+        return {"lower": lower, "upper": upper, "diagonal_start": self._starting(pivots, site)}
 
     def _starting(self, pivots: Tensor, site: Site) -> Tensor:
         """z₀ (r,), from the leading pivots D_r."""

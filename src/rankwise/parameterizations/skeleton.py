@@ -11,7 +11,7 @@ token: at the large r that the method is for, this is its price.
 Not CUR sampling with replacement, which can repeat a column. Of a quantized weight, C and R are the dequantized numbers.
 
 *Differs*: the paper's rule of selection, scale and ranks could not be read anywhere; "qr", s = 1 and r = 128 are choices of
-this library. C and R are stored, though I and J would do: pivots may fall differently elsewhere, and a merge changes W.
+this library. A file keeps I, J and the core, r² + 2r numbers; loading reads C and R again off the untouched weight.
 
 Wang, Hu, Xu, Liu, Luan, Wang: PMSS: Pretrained Matrices Skeleton Selection for LLM Fine-tuning, 2024, arXiv:2409.16722.
 """
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.approximations.pivots import RULES, select_columns
-from rankwise.core.errors import ArgumentError
+from rankwise.core.errors import ArgumentError, CheckpointError
 from rankwise.core.operators import Chain
 from rankwise.core.parameterization import Additive, Site
 from rankwise.core.piece import register
@@ -49,6 +49,7 @@ class Skeleton(Framed, Additive):
 
     frame = {"row_index": "r", "column_index": "r", "C": "mr", "R": "rn"}
     indices = frozenset({"row_index", "column_index"})
+    derived = frozenset({"C", "R"})
     row_index: Tensor
     column_index: Tensor
     C: Tensor
@@ -70,10 +71,28 @@ class Skeleton(Framed, Additive):
         weight = site.weight()  # (m, n)
         rows = select_columns(weight.t(), self.rank, self.select, generator=site.generator("rows"))
         columns = select_columns(weight, self.rank, self.select, generator=site.generator("columns"))
-        C, R = weight[:, columns], weight[rows]  # (m, r), (r, n)
-        if self.rescale:
-            C, R = _unit(C), _unit(R)
+        C, R = self._gathered(weight, rows, columns)
         return {"row_index": rows, "column_index": columns, "C": C, "R": R}
+
+    def _gathered(self, weight: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """C (m, r) and R (r, n)."""
+        C, R = weight[:, columns], weight[rows]
+        return (_unit(C), _unit(R)) if self.rescale else (C, R)
+
+    def filled(self, weight: Tensor) -> None:
+        C, R = self._gathered(weight, self.row_index, self.column_index)
+        self.C.copy_(C)
+        self.R.copy_(R)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        for name in self.indices:
+            given = state_dict.get(prefix + name)
+            if given is not None and not torch.equal(given.to(self.C.device), self.get_buffer(name)):
+                raise CheckpointError(
+                    f"{prefix}{name} of the file selects other rows or columns than this adapter, whose C and R would stay; "
+                    "load it with rankwise.load_, or adapt with the same seed and base"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def update(self) -> Chain:
         return Chain(self.C, self.core, self.R, scale=self.scale)

@@ -37,7 +37,7 @@ from rankwise.core.operators import Chain, Operator
 from rankwise.core.parameterization import Facts, Site
 from rankwise.core.piece import register
 from rankwise.parameterizations.frame import Composed, Framed
-from rankwise.parameterizations.turned_input import TurnedInput, split_in_three
+from rankwise.parameterizations.turned_input import TurnedInput, completed, split_in_three
 
 ROLES = ("Q_1", "Q_2", "Q_3")
 
@@ -48,7 +48,7 @@ class SpectralRotation(Framed):
 
     Args:
         site: the layer.
-        factors: (n_1, n_2, n_3) with product n; None chooses them.
+        factors: (n_1, n_2, n_3) with product n, one of which may be -1 for what is left; None chooses them.
         decomposition: "svd" or "lq".
         rectify: keep the spectrum from falling below 0.
         start_delta: where every entry of δ starts.
@@ -78,7 +78,7 @@ class SpectralRotation(Framed):
         self.rank, self.decomposition, self.rectify = min(site.m, site.n), decomposition, rectify
         self.hold(site, self.rank)
         self.delta = nn.Parameter(torch.full_like(self.S, start_delta))  # (k,)
-        sizes = split_in_three(site.n) if factors is None else tuple(factors)
+        sizes = split_in_three(site.n) if factors is None else completed(factors, site.n)
         if factors is None and max(sizes) == site.n > 3:
             warnings.warn(
                 f"{site.name}: {site.n} inputs is a prime number, so the rotation is one matrix of {site.n**2} numbers; "
@@ -96,7 +96,10 @@ class SpectralRotation(Framed):
     @classmethod
     def problems_at(cls, site: Site, **arguments: Any) -> list[Problem]:
         factors = arguments.get("factors")
-        if factors is None or (len(factors) == 3 and math.prod(factors) == site.n and min(factors) >= 1):
+        if factors is None:
+            return []
+        sizes = completed(factors, site.n)
+        if len(sizes) == 3 and math.prod(sizes) == site.n and min(sizes) >= 1:
             return []
         remedy = f"use factors={split_in_three(site.n)} or leave factors out, or leave the layer out with where="
         needs, has = f"three factors whose product is n = {site.n}", f"factors is {tuple(factors)}"

@@ -58,3 +58,9 @@ def split_in_three(size: int) -> tuple[int, int, int]:
     small = [a for a in range(1, round(size ** (1 / 3)) + 1) if size % a == 0]
     triples = [(a, b, size // a // b) for a in small for b in range(a, math.isqrt(size // a) + 1) if size // a % b == 0]
     return min(triples, key=lambda triple: sum(factor**2 for factor in triple))
+
+
+def completed(factors: Sequence[int], size: int) -> tuple[int, ...]:
+    """The factors with -1 replaced by what is left of `size`."""
+    rest = size // max(1, math.prod(factor for factor in factors if factor != -1))
+    return tuple(rest if factor == -1 else factor for factor in factors)
