@@ -98,7 +98,7 @@ def test_a_convolution_takes_the_whole_route_and_a_lookup_does_not() -> None:
         handle = rankwise.adapt_(model, rankwise.compose("svfit"), where=["0"])
         operator = handle.parameterization("0")(handle.adapters("0").base(layer))
         assert isinstance(operator, Composed)
-        assert operator._is_less_work(x, handle.targets["0"].layout) == whole
+        assert operator.whole_is_less_work(x, handle.targets["0"].layout) == whole
 
 
 def test_a_pruned_weight_keeps_every_direction_of_loldu() -> None:

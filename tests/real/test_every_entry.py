@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import rankwise
 from rankwise.core.errors import TargetError
 from rankwise.core.recipe import Recipe
-from rankwise.core.statistics import LayerStatistics
+from rankwise.core.statistics import LayerStatistics, Statistic
 from rankwise.lab.tasks import make_task
 
 STEPS, ROWS, TOKENS = 5, 6, 24
@@ -119,7 +119,10 @@ def sources_of(subject: Subject, folder: Path) -> str:
 def statistics_of(subject: Subject, recipe: Recipe, names: list[str]) -> dict[str, LayerStatistics] | None:
     if not recipe.needs:
         return None
-    return rankwise.collect(subject.fresh(), subject.batches[:2], recipe.needs, where=names, loss=subject.loss)
+    batches = subject.batches[:2]
+    if "pixels" in batches[0] and Statistic.GRADIENT not in recipe.needs:  # moments need no loss, and a net that takes images
+        batches = [(batch["pixels"], batch["labels"]) for batch in batches]
+    return rankwise.collect(subject.fresh(), batches, recipe.needs, where=names, loss=subject.loss)
 
 
 def fitting(subject: Subject, recipe: Recipe) -> list[str]:

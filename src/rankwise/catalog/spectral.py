@@ -17,7 +17,8 @@ from rankwise.parameterizations.two_magnitudes import TwoMagnitudes
 from rankwise.steps.stiefel import stiefel_adam
 
 # A diagonal in a frame of r = min(m, n): the product once per forward, or factor by factor, whatever is less work in training.
-DIAGONAL_FLOPS = "min(m, n)*(2*m*n if m*n*(2*min(m, n) + T) < 2*T*min(m, n)*(m + n) else 2*T*(m + n))"
+WHOLE = "m*n*(2*min(m, n) + T) < 2*T*min(m, n)*(m + n)"
+DIAGONAL_FLOPS = f"min(m, n)*(2*m*n if {WHOLE} else 2*T*(m + n))"
 
 
 @entry(
@@ -183,7 +184,7 @@ def bora(
     when="DoRA at LoRA-XS's price; at small ranks most of what it trains are the m magnitudes.",
     tiny={"rank": 2},
     numbers="rank**2 + m",
-    flops="2*T*rank*(m+n) + 2*T*rank**2 + 2*m*n*rank + 2*rank*rank*(m+n) + 2*rank*rank*min(m,n)",
+    flops="2*T*rank*(m+n) + 2*T*rank**2 + 2*m*n*rank + 2*rank*rank*(m+n) + 2*rank*rank*n",
     variants=("edora(rank=2, detach_norm=False)",),
 )
 def edora(
@@ -207,12 +208,12 @@ def edora(
         "Zhang et al.", "Spectrum-Aware Parameter Efficient Fine-Tuning for Diffusion Models", 2024, "2405.21050"
     ),
     trained="min(m, n) + n_1² + n_2² + n_3², n = n_1 n_2 n_3",
-    cost="2n(n_1 + n_2 + n_3) FLOPs per token beside svfit's; a few products of tiny matrices per step; one SVD per layer",
+    cost="2n(n_1 + n_2 + n_3) FLOPs per token (per output on long batches) beside svfit's; one SVD per layer",
     merges="exact",
     exports="not of low rank; the best rank-r substitute with its error",
     when="To personalize a diffusion model, where inputs should turn without the spectrum growing; needs its own step.",
     numbers="min(m, n) + 3*ceil(n**(1/3))**2",
-    flops=f"{DIAGONAL_FLOPS} + 6*T*n*ceil(n**(1/3))",
+    flops=f"{DIAGONAL_FLOPS} + 6*n*ceil(n**(1/3))*(m if {WHOLE} else T)",
     variants=("soda(decomposition='lq')", "soda(rectify=False)"),
 )
 def soda(

@@ -53,6 +53,13 @@ class Framed(Parameterization):
             self.register_buffer(name, tensor, persistent=name not in self.derived)
 
 
+class Whole(Dense):
+    """A matrix in place of a layer's own: in one kernel with the bias, so that an equal one gives the same to the bit."""
+
+    def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.matrix, bias) if isinstance(layout, LinearLayout) else super().affine(x, layout, bias)
+
+
 class Composed(Operator):
     """W + update, where the update's matrix is made once per forward if that is less work than going factor by factor.
 
@@ -73,18 +80,17 @@ class Composed(Operator):
         return self.base.dense() + self.update.dense()
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        if self._is_less_work(x, layout):
-            return Dense(self.dense()).apply(x, layout)
+        if self.whole_is_less_work(x, layout):
+            return Whole(self.dense()).apply(x, layout)
         return Sum(self.base, self.update).apply(x, layout)
 
     def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-        if not self._is_less_work(x, layout):
-            return Sum(self.base, self.update).affine(x, layout, bias)
-        if isinstance(layout, LinearLayout):  # in one kernel with the bias, so that W' = W gives the base to the bit
-            return F.linear(x, self.dense(), bias)
-        return Dense(self.dense()).affine(x, layout, bias)
+        if self.whole_is_less_work(x, layout):
+            return Whole(self.dense()).affine(x, layout, bias)
+        return Sum(self.base, self.update).affine(x, layout, bias)
 
-    def _is_less_work(self, x: Tensor, layout: Layout) -> bool:
+    def whole_is_less_work(self, x: Tensor, layout: Layout) -> bool:
+        """Whether to multiply x by the matrix W'."""
         weight = self.base.plain_weight() if isinstance(self.base, Base) else None
         factor = self.update.factors[0]
         if weight is None or not weight.dtype == factor.dtype == compute_dtype(x, weight.dtype):

@@ -10,14 +10,18 @@ from torch import Tensor
 
 from rankwise.core.layouts import Layout, LinearLayout
 from rankwise.core.operators import Operator, compute_dtype
+from rankwise.parameterizations.frame import Composed, Whole
 
 RELEASED = {640: (8, 8, 10), 768: (6, 8, 16), 1280: (4, 16, 20), 2048: (4, 8, 64)}
 
 
 class TurnedInput(Operator):
-    """inner · (Q_1 ⊗ Q_2 ⊗ Q_3)ᵀ, factor by factor."""
+    """inner · (Q_1 ⊗ Q_2 ⊗ Q_3)ᵀ, factor by factor.
 
-    def __init__(self, inner: Operator, rotations: Sequence[Tensor]) -> None:
+    The rotation meets the tokens, or the m rows of the matrix where `inner` makes its matrix anyway.
+    """
+
+    def __init__(self, inner: Composed, rotations: Sequence[Tensor]) -> None:
         self.inner, self.rotations = inner, rotations
 
     @property
@@ -29,14 +33,17 @@ class TurnedInput(Operator):
         return mode_products(rows, self.rotations, torch.promote_types(rows.dtype, self.rotations[0].dtype))
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        if not isinstance(layout, LinearLayout):
-            return super().apply(x, layout)
+        if self._on_the_matrix(x, layout):
+            return Whole(self.dense()).apply(x, layout)
         return self.inner.apply(self._turned(x), layout)
 
     def affine(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-        if not isinstance(layout, LinearLayout):
-            return super().affine(x, layout, bias)
+        if self._on_the_matrix(x, layout):
+            return Whole(self.dense()).affine(x, layout, bias)
         return self.inner.affine(self._turned(x), layout, bias)
+
+    def _on_the_matrix(self, x: Tensor, layout: Layout) -> bool:
+        return not isinstance(layout, LinearLayout) or self.inner.whole_is_less_work(x, layout)
 
     def _turned(self, x: Tensor) -> Tensor:
         """Qᵀ x (…, n)."""
