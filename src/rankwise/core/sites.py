@@ -27,5 +27,6 @@ def site_of(target: Target, seed: int, masks: MaskStream) -> Site:
         dtype=weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32,
         device=weight.device,
         thin=functools.partial(masks.thin, site=target.name),
+        once=masks.once,
         shape=target.mode_shape(),
     )
