@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankwise.core.errors import ActivationError
 from rankwise.core.layouts import Layout, LinearLayout
-from rankwise.core.operators import Base, Dense, LowRank, Operator, compute_dtype
+from rankwise.core.operators import Base, LowRank, Operator, compute_dtype
 
 
 class Sum(Operator):
@@ -40,7 +40,7 @@ class Sum(Operator):
     def _run(self, x: Tensor, layout: Layout, bias: Tensor | None, *, linear_only: bool) -> Tensor:
         first, rest = self.terms[0], self.terms[1:]
         y = None
-        if isinstance(first, Base) and rest and isinstance(rest[0], LowRank | Dropped | Dense):
+        if isinstance(first, Base) and rest:
             y = rest[0].add_to_base(first, x, layout, bias)
             if y is not None:
                 rest = rest[1:]

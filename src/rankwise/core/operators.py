@@ -59,6 +59,10 @@ class Operator(ABC):
         """Y + apply(x). May be faster than the two apart; does not write into y."""
         return y + self.apply(x, layout).to(y.dtype)
 
+    def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
+        """Frozen layer and this update in fewer passes than the two apart; None where there is no such way."""
+        return None
+
     def __repr__(self) -> str:
         m, n = self.shape
         return f"{type(self).__name__}({m}, {n})"
