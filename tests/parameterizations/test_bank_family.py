@@ -118,6 +118,8 @@ def test_the_compact_form_gives_the_same_outputs_and_refuses_to_train(text: str,
     loaded = load_compact(fresh, tmp_path / "compact")
     torch.testing.assert_close(fresh(X), model(X), rtol=1e-12, atol=1e-12)
     assert loaded.trained_numbers == 0
+    with pytest.raises(TrainingError, match="no tensor of adapter"):
+        loaded.optimizer(lr=1e-3)
     sizes = [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")) for name in ("compact", "whole")]
     assert sizes[0] < sizes[1]
     loaded.merge_()

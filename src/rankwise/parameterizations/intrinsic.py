@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
 
-_BITS = 5  # the transform multiplies by Hadamard matrices of 32, which beats 5 passes of butterflies
+_BITS = 7  # the transform multiplies by Hadamard matrices of 128, which beats 7 passes of butterflies
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
@@ -38,7 +38,8 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     while after > 1:  # one factor of the Kronecker product at a time
         width = min(2**_BITS, after)
         after //= width
-        x = (_sylvester(width, x) @ x.reshape(before, width, after)).reshape(shape)
+        H = _sylvester(width, x)  # (width, width), symmetric
+        x = (x.reshape(before, width) @ H if after == 1 else H @ x.reshape(before, width, after)).reshape(shape)
         before *= width
     return x
 
