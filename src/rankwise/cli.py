@@ -1,4 +1,4 @@
-"""The command line: rankwise compare | train | inspect | merge | export | methods."""
+"""The command line: rankwise compare | intrinsic-dimension | train | inspect | merge | export | methods."""
 
 from __future__ import annotations
 
@@ -12,11 +12,27 @@ from typing import Annotated
 import typer
 
 from rankwise.core.errors import ArgumentError, RankwiseError
-from rankwise.lab import commands, compare_command
+from rankwise.lab import commands, compare_command, intrinsic_dimension
+from rankwise.lab.options import (
+    Base,
+    BatchSize,
+    Columns,
+    DataName,
+    Device,
+    EvalLimit,
+    Evaluation,
+    ImageSize,
+    Kind,
+    MaxLength,
+    Model,
+    Retention,
+    Threads,
+    TrainLimit,
+)
 from rankwise.lab.presets import PRESETS
 
 MENDABLE, STOPPED = 2, 130  # exit codes: an error that the user can mend, and Ctrl-C
-SPREAD = ("--recipes", "--lrs")  # options that take several values at once
+SPREAD = ("--recipes", "--lrs", "--dimensions")  # options that take several values at once
 
 app = typer.Typer(
     help="Low-rank adaptation of models: compare methods on your model and data, train, look inside, merge and ship.",
@@ -25,34 +41,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-MODEL_HELP = "A transformers folder, a hub name, a .gguf file, or packaged:minilm, packaged:smollm2, packaged:dinov2-small."
-Model = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)]
-DataName = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        "-d",
-        help="A .jsonl, .csv or .parquet file, a datasets folder, or packaged:tweets, fashion-mnist, kjv, reasoning-gym/TASK.",
-    ),
-]
-Base = Annotated[
-    str | None, typer.Option("--base", "--model", "-m", help="The model it was trained on. Default: what its run recorded.")
-]
-Kind = Annotated[str | None, typer.Option("--task", help="causal-lm, text-classification or image-classification.")]
-Evaluation = Annotated[str | None, typer.Option(help="A second file with the rows to evaluate on.")]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option("--column", help="Where columns have other names: --column text=review --column label=stars."),
-]
-TrainLimit = Annotated[int | None, typer.Option(help="Train on a seeded choice of so many rows.")]
-EvalLimit = Annotated[int | None, typer.Option(help="Evaluate on a seeded choice of so many rows.")]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens per row.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of an image in pixels.")]
-Retention = Annotated[str | None, typer.Option(help="Data with general text to measure forgetting on, none, or auto.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of torch. Default: torch decides.")]
-BatchSize = Annotated[int | None, typer.Option(help="Rows per step. Default: 16.")]
 
 
 @app.command()
@@ -96,6 +84,46 @@ def compare(
     given["columns"] = commands.columns_of(column)
     with stoppable(context):
         compare_command.run(given, shlex.join(["rankwise", *context.obj]))
+
+
+@app.command(name=intrinsic_dimension.NAME)
+def measure_dimension(
+    context: typer.Context,
+    model: Model = None,
+    data: DataName = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to, or to go on in.")] = Path("runs/dimension"),
+    dimensions: Annotated[
+        list[int] | None, typer.Option(help="To try: --dimensions 10 100 1000. Default: 7 from 10 to 10000, log-spaced.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of full training's score, that has to be reached.")] = 0.9,
+    projection: Annotated[str, typer.Option(help="fastfood, dense or sparse.")] = "fastfood",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each final run.")] = 200,
+    seeds: Annotated[int | None, typer.Option(help="Final runs per dimension. Default: 3.")] = None,
+    lrs: Annotated[list[str] | None, typer.Option("--lrs", help="auto, or rates to try for every dimension.")] = None,
+    rates: Annotated[int | None, typer.Option(help="Rates that auto begins with, half a decade apart. Default: 5.")] = None,
+    batch_size: BatchSize = None,
+    task: Kind = None,
+    evaluation: Evaluation = None,
+    column: Columns = None,
+    train_limit: TrainLimit = None,
+    eval_limit: EvalLimit = None,
+    max_length: MaxLength = None,
+    image_size: ImageSize = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """How hard is the task for this model? The fewest dimensions of a random subspace that reach 90 % of full training.
+
+    Full training and every dimension look for their learning rate, then run on all seeds. Ends in one number and a plot.
+
+    An example:
+
+    `rankwise intrinsic-dimension -m packaged:minilm -d packaged:tweets --dimensions 10 100 1000 --steps 60`
+    """
+    given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
+    given["columns"] = commands.columns_of(column)
+    with stoppable(context):
+        typer.echo(str(intrinsic_dimension.run(given, shlex.join(["rankwise", *context.obj]))))
 
 
 @app.command()

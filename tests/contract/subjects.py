@@ -95,7 +95,8 @@ class Subject:
 
     @property
     def facts(self):
-        return self.recipe.parameterization.factory.facts
+        piece = self.recipe.parameterization
+        return piece.factory.facts_of(**piece.arguments)
 
 
 def subjects() -> list[Subject]:

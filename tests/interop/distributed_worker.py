@@ -21,6 +21,8 @@ RECIPES = {
     "lora_adamw": "lora(rank=4)",
     "dora": "dora(rank=3) + sgd(momentum=0.9)",
     "vera": "vera(rank=6) + sgd(momentum=0.9)",
+    "tied_lora": "tied_lora(rank=4) + sgd(momentum=0.9)",
+    "intrinsic_dimension": "intrinsic_dimension(dimension=20) + sgd(momentum=0.9)",
 }
 STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2}
 

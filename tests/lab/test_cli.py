@@ -17,7 +17,7 @@ from rankwise.lab.models import load_model
 from rankwise.lab.open import base_of, put_on
 from tests.lab.tiny_models import jsonl, reviews, tiny_bert, tiny_llama
 
-COMMANDS = ("compare", "train", "inspect", "merge", "export", "methods")
+COMMANDS = ("compare", "intrinsic-dimension", "train", "inspect", "merge", "export", "methods")
 
 
 def test_methods_lists_the_whole_catalog_and_tells_more_of_one(capsys, monkeypatch) -> None:

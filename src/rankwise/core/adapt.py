@@ -87,8 +87,9 @@ def build_(
     targets, skipped = find_targets(model, where, exclude=train_also)
     _check_paths(model, targets, binding)
     masks = MaskStream(seed)
-    sites = {site: site_of(target, seed, masks) for site, target in targets.items()}
-    filled = stored is not None or (statistics is None and not recipe.needs)
+    blank = stored is not None
+    sites = {site: dataclasses.replace(site_of(target, seed, masks), blank=blank) for site, target in targets.items()}
+    filled = blank or (statistics is None and not recipe.needs)
     collected = set(Statistic) if filled else _collected(statistics, sites)
     problems = recipe.problems(list(sites.values()), collected)
     if problems:
@@ -102,7 +103,7 @@ def build_(
             attach_bank(model, name, bank)
         for site, target in targets.items():
             known = None if statistics is None else statistics[site]
-            here = dataclasses.replace(sites[site], bank=bank, statistics=known, blank=stored is not None)
+            here = dataclasses.replace(sites[site], bank=bank, statistics=known)
             method: Any = recipe.method
             entry: Parameterization = method(here, **recipe.arguments_at(site))
             attach(target, name, entry, binding=binding)

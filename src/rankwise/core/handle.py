@@ -144,6 +144,10 @@ class Handle:
         from rankwise.core.adapt import steps_with  # a chain of steps needs the recipe's signatures, which adapt.py reads
 
         plain = self.plain_blocks()
+        if not self.blocks() and not plain:
+            raise TrainingError(
+                f"no tensor of adapter {self.name!r} is trained; it was loaded with trainable=False or for inference, or frozen"
+            )
         self._optimizer = BlockOptimizer(
             {**self.blocks(), **plain}, steps_with(self.recipe, overrides), lr, plain=plain, before=self._before_step
         )

@@ -86,6 +86,16 @@ class Dense(Operator):
     def dense(self) -> Tensor:
         return self.matrix
 
+    def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
+        """(W + matrix) x + bias in one product; None where the sum would lose numbers (a half-precision weight) or time."""
+        weight = base.plain_weight()
+        if weight is None or weight.dtype is not self.matrix.dtype or not x.is_floating_point():
+            return None
+        if compute_dtype(x, weight.dtype) is not weight.dtype:  # autocast would round the sum as well
+            return None
+        y = layout.matrix(x, layout.to_matrix(weight) + self.matrix)
+        return y if bias is None else layout.add_bias(y, bias.to(y.dtype))
+
 
 class Base(Operator):
     """The frozen layer itself. Acts through the layer's own forward, so a quantized layer stays quantized.

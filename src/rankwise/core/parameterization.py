@@ -7,7 +7,7 @@ shared checks. It never mentions a layer class, a dtype policy, a device or an o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,6 +44,7 @@ class Site:
         dtype, device: for new trained tensors.
         thin: thins an input by dropout: x, probability -> x̃ (see `MaskStream`).
         mask: draws a mask of the layer's own: input, shape, probability, dtype -> mask (see `MaskStream`).
+        once: a tensor that the layers of one forward share: key, how to make it -> tensor (see `MaskStream.once`).
         bank: tensors shared between the adapter's sites, where the method declared some.
         shape: of the weight tensor in matrix orientation with its modes kept, (out, in, kernel…).
         statistics: what `collect` gathered at this layer, for methods whose `needs_of` asks for some.
@@ -61,6 +62,7 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     thin: Callable[[Tensor, float], Tensor] | None = None
     mask: Callable[[Tensor, Sequence[int], float, torch.dtype], Tensor] | None = None
+    once: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
     bank: Bank | None = None
     shape: tuple[int, ...] = ()
     statistics: LayerStatistics | None = None
@@ -142,6 +144,11 @@ class Parameterization(nn.Module, ABC):
     @abstractmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
         """Names of the trained tensors for these arguments, known without building anything."""
+
+    @classmethod
+    def facts_of(cls, **arguments: Any) -> Facts:
+        """The facts for these arguments, where some of them change what holds (a start beside the base)."""
+        return cls.facts
 
     @classmethod
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:

@@ -7,7 +7,7 @@ import math
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -42,15 +42,32 @@ class MaskStream:
         self._pending: list[int] | None = None  # during a second pass: forwards still to be repeated
         self._shared: tuple[weakref.ref[Tensor], int, float, str, Callable[[], Tensor], Tensor, Any] | None = None
         self._calls: OrderedDict[tuple[str, float], tuple[int, str]] = OrderedDict()
+        self._kept: dict[tuple[bool, bool], tuple[Hashable, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_recorded": [], "_pending": None, "_shared": None, "_calls": OrderedDict()}
+        fresh = {"_recorded": [], "_pending": None, "_shared": None, "_calls": OrderedDict(), "_kept": {}}
         return {"seed": self.seed, "forwards": self.forwards, "counting": self.counting, "recording": self.recording, **fresh}
 
     def start_forward(self, model: Any = None, *_: object) -> None:
         """Called once per forward of the model, as its forward pre-hook; one that is repeated inside backward is none."""
+        if not torch.compiler.is_compiling() and self._kept:
+            self._kept.clear()
         if self.counting or self.recording:
             cast(Any, _eagerly)(self._next_forward, model)
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that the layers of one forward share, made by the first that asks; the next forward makes its own.
+
+        `key` changes with whatever the tensor is made of. Graphs that share it may be run backward one after the other
+        (checkpointed regions, two losses), so its node must save no tensors. Compiled graphs and torch.func share nothing.
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return make()
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        kept = self._kept.get(mode)
+        if kept is None or kept[0] != key:
+            kept = self._kept[mode] = (key, make())
+        return kept[1]
 
     def resume(self, forwards: int) -> None:
         """Goes on after so many counted forwards."""

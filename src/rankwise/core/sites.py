@@ -28,5 +28,6 @@ def site_of(target: Target, seed: int, masks: MaskStream) -> Site:
         device=weight.device,
         thin=functools.partial(masks.thin, site=target.name),
         mask=functools.partial(masks.mask, site=target.name),
+        once=masks.once,
         shape=target.mode_shape(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from rankwise.core import decisions
+from rankwise.core.bank import BANKS, Bank
 from rankwise.core.checkpoint import JSON_NAME, read
 from rankwise.core.errors import CheckpointError, did_you_mean
 from rankwise.core.layouts import LinearLayout
-from rankwise.core.operators import Dense, Operator
+from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import Parameterization, Site
 from rankwise.core.protocols import Replacing
+from rankwise.core.queries import as_low_rank
 from rankwise.core.recipe import Recipe
 
 
@@ -65,11 +68,7 @@ class StoredAdapter:
         dtype = next((value.dtype for value in mine.values() if value.is_floating_point()), torch.float32)
         blank = functools.partial(torch.zeros, m, n)
         place = Site(name=site, m=m, n=n, layout=LinearLayout(), weight=blank, dtype=dtype, shape=(m, n), blank=True)
-        if self.description.get("bank") is not None:
-            raise CheckpointError(
-                f"{self.folder}: the layers of {self.recipe.name} share tensors, so it cannot be read without its model; use "
-                "an adapter whose layers have their own (lora, dora, lora_xs)"
-            )
+        place = dataclasses.replace(place, seed=int(self.description["seed"]), bank=self._bank(place))
         method: Any = self.recipe.method
         entry: Parameterization = method(place, **self.recipe.arguments_at(site))
         start = None if self.recipe.start is None else self.recipe.start.build()
@@ -89,6 +88,29 @@ class StoredAdapter:
         entry.load_state_dict(mine)
         return entry
 
+    def _bank(self, place: Site) -> Bank | None:
+        """The shared tensors of the file, drawn again where it holds their seed."""
+        described = self.description.get("bank")
+        if described is None:
+            return None
+        if described.get("seed") is None:
+            bank: Bank | None = Bank.blank(described, place.zeros(1))
+        else:
+            seed = int(self.description["seed"])
+            sites = [
+                dataclasses.replace(place, name=name, m=m, n=n, shape=(m, n), seed=seed) for name, (m, n) in self.sizes.items()
+            ]
+            bank = self.recipe.method.shared(sites, **self.recipe.parameterization.arguments)
+        if bank is None:
+            raise CheckpointError(
+                f"{self.folder} describes shared tensors that {self.recipe.name} does not have; it is damaged"
+            )
+        if described.get("seed") is not None:
+            bank.check(described)
+        held = {key.removeprefix(f"{BANKS}."): value for key, value in self.tensors.items() if key.startswith(f"{BANKS}.")}
+        bank.load_state_dict(held, assign=True)
+        return bank
+
 
 def read_stored(directory: str | Path) -> StoredAdapter:
     """Reads a folder that `handle.save` wrote.
@@ -105,3 +127,30 @@ def read_stored(directory: str | Path) -> StoredAdapter:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / JSON_NAME} lacks {error}; it is damaged") from error
     return StoredAdapter(folder, recipe, sizes, fingerprint, tensors, description)
+
+
+def stored_update(folder: str | Path, site: Site) -> LowRank:
+    """The exact factors of a stored update at one layer of the same base, scale folded in, in the file's precision.
+
+    Raises:
+        CheckpointError: no such layer in the file, another size, or an update that has no factors.
+    """
+    stored = _read_once(
+        str(folder), (Path(folder) / JSON_NAME).stat().st_mtime_ns if (Path(folder) / JSON_NAME).is_file() else 0
+    )
+    if site.name in stored.sizes and stored.sizes[site.name] != (site.m, site.n):
+        m, n = stored.sizes[site.name]
+        raise CheckpointError(f"{folder}: {site.name} is {m}×{n} in the file and {site.m}×{site.n} here; another base?")
+    factors = as_low_rank(stored.update(site.name))
+    if factors is None:
+        raise CheckpointError(
+            f"{folder} holds {stored.recipe.name!r}, whose update has no factors; take an adapter of low rank"
+        )
+    pair = factors.folded()
+    return LowRank(pair.B.detach(), pair.A.detach())
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(folder: str, changed: int) -> StoredAdapter:
+    """Read for the first of many layers; `changed` tells versions of the file apart."""
+    return read_stored(folder)

@@ -21,6 +21,7 @@ SHORT, SHORT_FACTOR = 200, 3.0  # steps below which the prior is larger, and by 
 # Rates from which tuned runs of small and medium models start out: Adam's on factors is about ten times full fine-tuning's,
 # vectors and small frozen-basis cores want more, plain SGD much more since its steps are not normalized.
 _BY_PARAMETERIZATION = {"Full": 1e-4, "SharedBank": 1e-2, "SmallCore": 3e-3, "TuckerCore": 3e-3}
+_BY_PARAMETERIZATION |= {"RandomBasis": 1e-2, "VectorBank": 1e-2, "Recycled": 3e-3, "Subspace": 1e-2}
 _BY_STEP = {"sgd": 100.0, "galore": 3.0, "lora_plus": 0.3}
 _DEFAULT = 1e-3
 

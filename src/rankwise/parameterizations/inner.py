@@ -27,7 +27,7 @@ def inner_piece(inner: Piece | None, rank: int | None, alpha: float | None, scal
 def build_inner(chosen: Piece, site: Site) -> Parameterization:
     """The inner method at a site, with an update of zero also where it would begin beside zero on its own."""
     built: Parameterization = chosen.build(site)
-    if not built.facts.starts_at_base:
+    if not built.facts_of(**chosen.arguments).starts_at_base:
         with torch.no_grad():
             built.restart(site)
     return built
