@@ -14,7 +14,7 @@ import rankwise
 from rankwise.core.errors import CheckpointError, MergeError
 from rankwise.core.statistics import Statistic
 from rankwise.merging import as_adapter, merge_adapters
-from tests.contract.subjects import LINEAR, Subject, inputs_of, model_of, subjects
+from tests.contract.subjects import LINEAR, Subject, inputs_of, model_of, statistics_of, subjects
 from tests.interop.models import llama, tokens
 from tests.never_silent.models import adapted, inputs, mlp, tied
 
@@ -31,7 +31,7 @@ def delta(net: nn.Module, handle: rankwise.Handle) -> Tensor:
 def test_07_every_parameterization_starts_at_the_base(subject: Subject) -> None:
     model, x = model_of(LINEAR), inputs_of(LINEAR)
     expected = model(x)
-    rankwise.adapt_(model, subject.recipe, where=["layer"])
+    rankwise.adapt_(model, subject.recipe, where=["layer"], statistics=statistics_of(model, subject, x))
     error = ((model(x) - expected).norm() / expected.norm()).item()
     # LoRA-XS trains a core of size core_std = 1e-5 between singular vectors: the only one that does not start at zero.
     assert error <= (1e-12 if subject.facts.starts_at_base else 1e-4)
