@@ -61,9 +61,7 @@ class Granular(Operator):
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
         if not isinstance(layout, LinearLayout):
             return self.factors().apply(x, layout)
-        dtype = compute_dtype(x, self.block_A.dtype)
-        k, rows, r = self.block_A.shape
-        tokens = math.prod(x.shape[:-1])
+        dtype, (k, rows, r), tokens = compute_dtype(x, self.block_A.dtype), self.block_A.shape, math.prod(x.shape[:-1])
         parts = x.to(dtype).reshape(tokens, k, rows).transpose(0, 1)  # (k, T, n/k)
         z = torch.bmm(parts, self.block_A.to(dtype)).reshape(k, tokens, k, r // k)  # (i, T, j, q)
         z = z.permute(2, 1, 0, 3).reshape(k, tokens, r)  # (j, T, (i, q))
