@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
@@ -71,8 +71,9 @@ class LoRADropout(Additive):
             raise ArgumentError(f"kind={kind!r} draws for every number, so granularity={granularity!r} would have no effect")
         if not 0.0 <= probability <= 1.0:
             raise ArgumentError(f"probability is in [0, 1], not {probability}")
-        self.inner = LoRA(site, rank=rank, alpha=alpha)
-        self.rank, self.scale = rank, self.inner.scale
+        drawn = LoRA(site, rank=rank, alpha=alpha)
+        self.B, self.A = nn.Parameter(drawn.B.detach()), nn.Parameter(drawn.A.detach())  # (m, r), (r, n)
+        self.rank, self.scale = rank, drawn.scale
         self.kind, self.probability, self.granularity = kind, probability, granularity
         self.kept = 1.0 if rescale else 1.0 - probability  # what a mask of mean one is multiplied with
         self.thin, self.mask = site.thin, site.mask
@@ -91,7 +92,7 @@ class LoRADropout(Additive):
         return mask if self.kept == 1.0 else mask * self.kept
 
     def update(self) -> Operator:
-        update = LowRank(self.inner.B, self.inner.A, self.scale)
+        update = LowRank(self.B, self.A, self.scale)
         if not self.training or not self.probability or self.thin is None:
             return update
         if self.kind == "input":
@@ -99,7 +100,9 @@ class LoRADropout(Additive):
         return Masked(update, self.kind, self.granularity, self._draw)
 
     def load_factors(self, factors: LowRank) -> None:
-        self.inner.load_factors(factors)
+        self.B.copy_(factors.B)
+        self.A.copy_(factors.A)
 
     def restart(self, site: Site) -> None:
-        self.inner.restart(site)
+        drawn = LoRA(site, rank=self.rank)
+        self.load_factors(LowRank(drawn.B.detach(), drawn.A.detach()))
