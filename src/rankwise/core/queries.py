@@ -78,7 +78,7 @@ def _(operator: TensorTrain) -> LowRank | None:
 @narrow_form(Kronecker)
 def _(operator: Kronecker) -> LowRank | None:
     left_B, left_A = _halves(operator.left)
-    right_B, right_A = operator.right if len(operator.right) == 2 else _halves(operator.right[0])
+    right_B, right_A = _halves(operator.right)
     return LowRank(kron(left_B, right_B), kron(left_A, right_A), operator.scale)
 
 
@@ -206,11 +206,13 @@ def svd(operator: Operator) -> SVD:
     return SVD(U * signs, S, Vh * signs.t())
 
 
-def _halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix and an identity on its shorter side."""
-    m, n = matrix.shape
-    identity = torch.eye(min(m, n), dtype=matrix.dtype, device=matrix.device)
-    return (identity, matrix) if m < n else (matrix, identity)
+def _halves(factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """A pair of factors, or one matrix and an identity on its shorter side."""
+    if len(factors) == 2:
+        return factors[0], factors[1]
+    m, n = factors[0].shape
+    identity = torch.eye(min(m, n), dtype=factors[0].dtype, device=factors[0].device)
+    return (identity, factors[0]) if m < n else (factors[0], identity)
 
 
 def wide(tensor: Tensor) -> Tensor:

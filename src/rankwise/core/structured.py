@@ -23,22 +23,25 @@ def kron(left: Tensor, right: Tensor) -> Tensor:
     return product.reshape(left.shape[0] * right.shape[0], -1)
 
 
+def _multiplied(factors: tuple[Tensor, ...]) -> Tensor:
+    return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+
+
 class Kronecker(Operator):
-    """scale · left ⊗ right, left (m₁, n₁), right (m₂, n₂) or two factors of it, shape (m₁m₂, n₁n₂).
+    """scale · left ⊗ right, left (m₁, n₁), right (m₂, n₂), each also as a pair of factors, shape (m₁m₂, n₁n₂).
 
     Applied factor by factor, (L ⊗ R) vec = vec(L X Rᵀ), in the order that is cheaper. In a convolution n₂ holds the kernel, and
     R is a convolution of n₂ channels on n₁ stacks of them.
     """
 
-    def __init__(self, left: Tensor, right: Tensor | tuple[Tensor, Tensor], scale: float = 1.0) -> None:
-        self.left, self.scale = left, scale
-        self.right = right if isinstance(right, tuple) else (right,)
+    def __init__(self, left: Tensor | tuple[Tensor, Tensor], right: Tensor | tuple[Tensor, Tensor], scale: float = 1.0) -> None:
+        self.left = left if isinstance(left, tuple) else (left,)
+        self.right, self.scale = right if isinstance(right, tuple) else (right,), scale
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """m₁, n₁, m₂, n₂."""
-        m1, n1 = self.left.shape
-        return m1, n1, self.right[0].shape[0], self.right[-1].shape[1]
+        return self.left[0].shape[0], self.left[-1].shape[1], self.right[0].shape[0], self.right[-1].shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,12 +56,11 @@ class Kronecker(Operator):
         return m1 * (n1 * n2 + right) < n1 * (right + m1 * m2)
 
     def dense(self) -> Tensor:
-        right = self.right[0] if len(self.right) == 1 else self.right[0] @ self.right[1]
-        return kron(self.left, right) * self.scale
+        return kron(_multiplied(self.left), _multiplied(self.right)) * self.scale
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        dtype = compute_dtype(x, self.left.dtype)
-        left, right = (self.left * self.scale).to(dtype), [factor.to(dtype) for factor in self.right]
+        dtype = compute_dtype(x, self.left[0].dtype)
+        left, right = (_multiplied(self.left) * self.scale).to(dtype), [factor.to(dtype) for factor in self.right]
         m1, n1, m2, n2 = self.sizes
         if isinstance(layout, ConvLayout):
             return self._convolve(x, layout, left, right)

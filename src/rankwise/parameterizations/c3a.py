@@ -59,7 +59,9 @@ class _Correlate(Handwritten):
 def _spectrum(x: Tensor, b: int) -> Tensor:
     """(frequencies, T, n/b): each block of x (T, n) transformed."""
     wide = x if x.dtype is torch.float64 else x.float()
-    return torch.fft.rfft(wide.reshape(x.shape[0], -1, b)).permute(2, 0, 1).contiguous()  # products are faster on these
+    return (
+        torch.fft.rfft(wide.reshape(x.shape[0], x.shape[1] // b, b)).permute(2, 0, 1).contiguous()
+    )  # products are faster on these
 
 
 def _kernel_spectrum(kernel: Tensor) -> Tensor:
@@ -75,8 +77,9 @@ def _joined(spectrum: Tensor, b: int, dtype: torch.dtype) -> Tensor:
 def circulant(kernel: Tensor) -> Tensor:
     """The matrix (m, n) of a kernel (m/b, n/b, b): block row p is the kernel moved p places to the right."""
     rows, columns, b = kernel.shape
-    windows = torch.cat([kernel, kernel], dim=-1).unfold(-1, b, 1)  # (m/b, n/b, b + 1, b): window s begins at s
-    return windows[:, :, 1:].flip(2).permute(0, 2, 1, 3).reshape(rows * b, columns * b)  # row p is window b - p
+    copies = kernel[:, :, None, :].expand(rows, columns, 2 * b - 1, b)  # end to end; a row of 2b - 1 begins b - p places on
+    moved = copies.reshape(rows, columns, b, 2 * b - 1)[..., :b]  # (m/b, n/b, b, b)
+    return moved.permute(0, 2, 1, 3).reshape(rows * b, columns * b)
 
 
 class BlockCirculant(Operator):
@@ -94,7 +97,7 @@ class BlockCirculant(Operator):
         return circulant(self.kernel) * self.scale
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        if layout.kind != "linear" or self.kernel.shape[2] < _TRANSFORMS_FROM:
+        if layout.kind != "linear" or self.kernel.shape[2] < _TRANSFORMS_FROM or not x.numel():
             return super().apply(x, layout)
         dtype = compute_dtype(x, self.kernel.dtype)
         y = _Correlate()(x.to(dtype).reshape(-1, x.shape[-1]), self.kernel * self.scale)

@@ -8,10 +8,8 @@ those of LoRA at rank r, (r + hybrid_rank)(m + n) and twice as many per token, b
 rank k r with factors that are mostly zeros. What one block of inputs does, outliers included, stays in its own A_i. k divides
 m, n and r.
 
-Per token: z_i = x_i A_i; its parts (i, j) become (j, i); y_j = (z_1j … z_kj) B_j. Without the exchange of i and j the map
-would be another one of the same shapes.
-
-*Differs* from PEFT: inputs of any number of dimensions, convolutions and embeddings.
+Per token: z_i = x_i A_i; its parts (i, j) become (j, i); y_j = (z_1j … z_kj) B_j. *Differs* from PEFT: inputs of any number
+of dimensions, convolutions and embeddings.
 
 Jung et al.: GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning, 2025, arXiv:2505.20355.
 """
@@ -31,7 +29,6 @@ from rankwise.core.operators import LowRank, Operator, compute_dtype
 from rankwise.core.parameterization import Additive, Site
 from rankwise.core.piece import register
 from rankwise.core.queries import narrow_form
-from rankwise.parameterizations.blocks import largest_divisor
 
 
 class Granular(Operator):
@@ -64,9 +61,7 @@ class Granular(Operator):
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
         if not isinstance(layout, LinearLayout):
             return self.factors().apply(x, layout)
-        dtype = compute_dtype(x, self.block_A.dtype)
-        k, rows, r = self.block_A.shape
-        tokens = math.prod(x.shape[:-1])
+        dtype, (k, rows, r), tokens = compute_dtype(x, self.block_A.dtype), self.block_A.shape, math.prod(x.shape[:-1])
         parts = x.to(dtype).reshape(tokens, k, rows).transpose(0, 1)  # (k, T, n/k)
         z = torch.bmm(parts, self.block_A.to(dtype)).reshape(k, tokens, k, r // k)  # (i, T, j, q)
         z = z.permute(2, 1, 0, 3).reshape(k, tokens, r)  # (j, T, (i, q))
@@ -132,21 +127,17 @@ class GraLoRA(Additive):
 
     @classmethod
     def problems_at(cls, site: Site, **arguments: Any) -> list[Problem]:
-        rank, k, hybrid = (arguments.get(key, value) for key, value in (("rank", 32), ("blocks", 2), ("hybrid_rank", 0)))
+        rank, k, hybrid = arguments.get("rank", 32), arguments.get("blocks", 2), arguments.get("hybrid_rank", 0)
         found = []
         if k < 1 or site.m % k or site.n % k or rank % k:
-            fits = [d for d in range(1, max(1, rank) + 1) if not (site.m % d or site.n % d or rank % d)]
+            fits = [str(d) for d in range(1, max(1, rank) + 1) if not (site.m % d or site.n % d or rank % d)]
             has = f"blocks is {k} for m = {site.m}, n = {site.n}, rank {rank}"
-            remedy = f"use blocks={largest_divisor(k, site.m, site.n, rank)}; possible here: {', '.join(map(str, fits))}"
-            found.append(
-                Problem(piece="gralora", needs="blocks that divide m, n and rank", has=has, remedy=remedy, sites=(site.name,))
-            )
+            found.append(("blocks that divide m, n and rank", has, f"possible here: {', '.join(fits)}"))
         if hybrid < 0:
-            remedy = "use 0 for none"
-            found.append(
-                Problem(piece="gralora", needs="hybrid_rank >= 0", has=f"it is {hybrid}", remedy=remedy, sites=(site.name,))
-            )
-        return found
+            found.append(("hybrid_rank >= 0", f"it is {hybrid}", "use 0 for none"))
+        return [
+            Problem(piece="gralora", needs=needs, has=has, remedy=remedy, sites=(site.name,)) for needs, has, remedy in found
+        ]
 
     def update(self) -> Operator:
         update: Operator = Granular(self.block_A, self.block_B, self.scale)

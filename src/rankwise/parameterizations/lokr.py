@@ -9,9 +9,11 @@ matrix, or with `decompose_both` and r < max(m₁, n₁) / 2 C_B (m₁, r) C_A (
 between layers. `zero` says which factor starts at zero, so that W' = W: "C" (C or C_B) or "D" (D, D_A or Q, as LyCORIS has
 it); the others start kaiming-uniform U(±1/√fan_in). s = alpha / r; with `full_scale="one"` it is 1 where both factors are
 whole, as LyCORIS has it, else alpha / r there too. Applied factor by factor in the cheaper order, without an (m, n) matrix.
-rank(update) = rank(C) rank(D); exactly LoRA of rank min(m₁, n₁) r. Trained numbers m₁n₁ + r(m₂ + n₂), or m₁n₁ + m₂n₂.
+rank(update) = rank(C) rank(D); exactly LoRA of that rank, whole factors counting with their shorter side. Trained numbers
+m₁n₁ + r(m₂ + n₂), or m₁n₁ + m₂n₂.
 
-*Differs* from LyCORIS, whose unmerged path and merge of a saved file apply the scale differently: here both are W + s · C ⊗ D.
+*Differs* from LyCORIS, whose unmerged path and merge of a saved file apply the scale differently: here both are W + s · C ⊗ D;
+and which swaps a factor larger than dim / factor, where PEFT and this do not. Embeddings work.
 
 Yeh et al.: Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, 2023, arXiv:2309.14859.
 Edalati et al.: KronA: Parameter Efficient Tuning with Kronecker Adapter, 2022, arXiv:2212.10650.
@@ -34,10 +36,9 @@ from rankwise.parameterizations.lora import scale_of
 
 
 def split(dim: int, factor: int = -1) -> tuple[int, int]:
-    """(small, large) with small · large = dim: by `factor` where that divides dim, else the most square split up to it."""
+    """Two numbers with product dim: (factor, dim / factor) where that is whole, else the most square split up to factor."""
     if factor > 0 and dim % factor == 0:
-        small, large = sorted((factor, dim // factor))
-        return small, large
+        return factor, dim // factor
     most = dim if factor < 0 else factor
     small = max(p for p in range(1, math.isqrt(dim) + 1) if dim % p == 0 and p <= most)
     return small, dim // small
@@ -111,10 +112,10 @@ class LoKr(Additive):
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
         return None  # a rank above the sizes of D leaves it whole
 
-    def left(self) -> Tensor:
-        """C (m₁, n₁)."""
+    def left(self) -> Tensor | tuple[Tensor, Tensor]:
+        """C (m₁, n₁), or its two factors."""
         named: dict[str, Tensor] = dict(self.named_parameters())
-        return named["C"] if "C" in named else named["C_B"] @ named["C_A"]
+        return named["C"] if "C" in named else (named["C_B"], named["C_A"])
 
     def right(self) -> Tensor | tuple[Tensor, Tensor]:
         """D (m₂, n₂), kernel flattened, or its two factors."""

@@ -21,77 +21,22 @@ Srivastava et al.: Dropout, JMLR 2014. Kinds after Yeh et al. (LyCORIS), 2023, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
-from rankwise.core.layouts import ConvLayout, Layout
-from rankwise.core.operators import Base, LowRank, Operator, compute_dtype
+from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import INPUT, PRODUCT, Additive, Site
 from rankwise.core.piece import register
-from rankwise.core.queries import narrow_form
 from rankwise.parameterizations.lora import LoRA
+from rankwise.parameterizations.masked_branch import MaskedBranch
 
 KINDS = ("input", "rank", "row", "output", "module")
 GRANULARITIES = ("call", "sample", "token")
-Draw = Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
-
-
-class Masked(Operator):
-    """A low-rank update under a mask that `draw` (x, shape, dtype) gives; `dense` is what acts in eval."""
-
-    def __init__(self, inner: LowRank, kind: str, granularity: str, draw: Draw) -> None:
-        self.inner, self.kind, self.granularity, self.draw = inner, kind, granularity, draw
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.inner.shape
-
-    def dense(self) -> Tensor:
-        return self.inner.dense()
-
-    def _of_call(self, x: Tensor) -> LowRank:
-        """One mask for all of x is a factor of B."""
-        B = self.inner.B  # (m, r)
-        shape = {"rank": (1, B.shape[1]), "row": (B.shape[0], 1), "module": (1, 1)}[self.kind]
-        return LowRank(B * self.draw(x, shape, B.dtype), self.inner.A, self.inner.scale)
-
-    def _drawn(self, x: Tensor, y: Tensor, layout: Layout) -> Tensor:
-        """A mask that multiplies y, the projected or the final output, per sample or token."""
-        channel = y.dim() - 1 - (len(layout.kernel) if isinstance(layout, ConvLayout) else 0)
-        shape = list(y.shape)
-        if self.kind == "module":
-            shape[channel] = 1
-        if self.granularity == "sample":
-            shape = [size if axis in (0, channel) else 1 for axis, size in enumerate(shape)]
-        return self.draw(x, shape, y.dtype)
-
-    def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        if self.kind == "output":
-            y = self.inner.apply(x, layout)
-            return y * self.draw(x, y.shape, y.dtype)
-        if self.granularity == "call":
-            return self._of_call(x).apply(x, layout)
-        if self.kind != "rank":
-            y = self.inner.apply(x, layout)
-            return y * self._drawn(x, y, layout)
-        dtype = compute_dtype(x, self.inner.A.dtype)
-        z = layout.project(x, self.inner.A.to(dtype)) * self.inner.scale
-        return layout.expand(z * self._drawn(x, z, layout), self.inner.B.to(dtype))
-
-    def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
-        if self.kind == "output" or self.granularity != "call":
-            return None
-        return self._of_call(x).add_to_base(base, x, layout, bias)
-
-
-@narrow_form(Masked)
-def _(operator: Masked) -> LowRank | None:
-    return operator.inner
 
 
 @register("parameterization")
@@ -126,9 +71,11 @@ class LoRADropout(Additive):
             raise ArgumentError(f"kind={kind!r} draws for every number, so granularity={granularity!r} would have no effect")
         if not 0.0 <= probability <= 1.0:
             raise ArgumentError(f"probability is in [0, 1], not {probability}")
-        self.inner = LoRA(site, rank=rank, alpha=alpha)
-        self.rank, self.scale = rank, self.inner.scale
-        self.kind, self.probability, self.rescale, self.granularity = kind, probability, rescale, granularity
+        drawn = LoRA(site, rank=rank, alpha=alpha)
+        self.B, self.A = nn.Parameter(drawn.B.detach()), nn.Parameter(drawn.A.detach())  # (m, r), (r, n)
+        self.rank, self.scale = rank, drawn.scale
+        self.kind, self.probability, self.granularity = kind, probability, granularity
+        self.kept = 1.0 if rescale else 1.0 - probability  # what a mask of mean one is multiplied with
         self.thin, self.mask = site.thin, site.mask
 
     @classmethod
@@ -139,26 +86,23 @@ class LoRADropout(Additive):
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
         return frozenset({PRODUCT, INPUT})
 
-    @property
-    def _kept(self) -> float:
-        """What a mask of mean one is multiplied with."""
-        return 1.0 if self.rescale else 1.0 - self.probability
-
     def _draw(self, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         assert self.mask is not None
         mask = self.mask(x, shape, self.probability, dtype)
-        return mask if self.rescale else mask * self._kept
+        return mask if self.kept == 1.0 else mask * self.kept
 
     def update(self) -> Operator:
-        update = LowRank(self.inner.B, self.inner.A, self.scale)
+        update = LowRank(self.B, self.A, self.scale)
         if not self.training or not self.probability or self.thin is None:
             return update
         if self.kind == "input":
-            return Dropped(update, self.probability, self.thin, self._kept)
-        return Masked(update, self.kind, self.granularity, self._draw)
+            return Dropped(update, self.probability, self.thin, self.kept)
+        return MaskedBranch(update, self.kind, self.granularity, self._draw)
 
     def load_factors(self, factors: LowRank) -> None:
-        self.inner.load_factors(factors)
+        self.B.copy_(factors.B)
+        self.A.copy_(factors.A)
 
     def restart(self, site: Site) -> None:
-        self.inner.restart(site)
+        drawn = LoRA(site, rank=self.rank)
+        self.load_factors(LowRank(drawn.B.detach(), drawn.A.detach()))
