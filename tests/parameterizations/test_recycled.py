@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 import rankwise
-from rankwise.core.errors import CheckpointError, RecipeError
+from rankwise.core.errors import CheckpointError, FingerprintError, RecipeError
 from tests.contract.subjects import scatter
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def mlp() -> nn.Sequential:
+def mlp(seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 16)).double()
 
 
@@ -83,7 +83,12 @@ def test_refusals_name_the_way_out(tmp_path: Path) -> None:
     (peft / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"rankwise\.interop\.from_peft"):
         rankwise.adapt_(mlp(), rankwise.catalog.eigenlorax(adapters=[str(peft)], rank=2, components=1))
-    with pytest.raises(CheckpointError, match=r"adapts no layer '1\.0'"):
+    with pytest.raises(FingerprintError, match="trained on another base: the weight of 0 differs"):
+        rankwise.adapt_(mlp(seed=1), rankwise.catalog.eigenlorax(adapters=sources[:1], rank=2, components=1))
+    narrow = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 16)).double()
+    with pytest.raises(FingerprintError, match="0 is 12×16 there and 8×16 here"):
+        rankwise.adapt_(narrow, rankwise.catalog.eigenlorax(adapters=sources[:1], rank=2, components=1))
+    with pytest.raises(CheckpointError, match=r"does not adapt '1\.0'"):
         rankwise.adapt_(
             nn.Sequential(nn.Tanh(), mlp()), rankwise.catalog.eigenlorax(adapters=sources[:1], rank=2, components=1)
         )

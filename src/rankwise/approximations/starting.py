@@ -69,8 +69,15 @@ def triplets_of(matrix: Tensor, rank: int, what: str) -> SVD:
     return SVD(*torch.linalg.svd(matrix, full_matrices=False))
 
 
-def refuse_dead(values: Tensor, largest: Tensor, size: int, what: str) -> None:
+def refuse_dead(values: Tensor, largest: Tensor, size: int, what: str, *, remedy: str = "lower the rank") -> None:
     """Refuses a choice of singular values (r,) that holds zeros, up to the rounding of a matrix of `size` rows or columns.
+
+    Args:
+        values: those chosen.
+        largest: the largest of all.
+        size: the longer side of the matrix.
+        what: the layer.
+        remedy: what helps first.
 
     Raises:
         StatisticsError: directions would start at zero in both factors and stay there.
@@ -80,7 +87,7 @@ def refuse_dead(values: Tensor, largest: Tensor, size: int, what: str) -> None:
     if dead:
         raise StatisticsError(
             f"{what}: {dead} of the {values.numel()} singular values to start from are zero, so both factors would be zero "
-            "there and never train; lower the rank, choose others with select='largest', or leave the layer out of where="
+            f"there and never train; {remedy}, choose others with select='largest', or leave the layer out of where="
         )
 
 
