@@ -98,7 +98,8 @@ class StoredAdapter:
     def _entry(self, site: str) -> Parameterization:
         m, n = self.sizes[site]
         mine = {key.removeprefix(f"{site}."): value for key, value in self.tensors.items() if key.startswith(f"{site}.")}
-        dtype = next((value.dtype for value in mine.values() if value.is_floating_point()), torch.float32)
+        held = [*mine.values(), *self.tensors.values()]  # its own first; some sites have shared tensors alone
+        dtype = next((value.dtype for value in held if value.is_floating_point()), torch.float32)
         blank = functools.partial(torch.zeros, m, n)
         place = Site(name=site, m=m, n=n, layout=LinearLayout(), weight=blank, dtype=dtype, shape=(m, n), blank=True)
         place = dataclasses.replace(place, seed=int(self.description["seed"]), bank=self._bank(place))
