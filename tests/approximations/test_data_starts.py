@@ -132,7 +132,13 @@ def updates(folder: str) -> dict[str, Tensor]:
 
 
 TEXTS = ["lora(rank=2, alpha=6)", "dora(rank=2)", "lora_xs(rank=2)", "pissa(rank=2)", "bone(rank=2)", "loftq(rank=2, bits=2)"]
-BANKS = ["vera(rank=2)", "tied_lora(rank=2)", "tied_lora(rank=2, train='uv')", "lotr(rank=2)", "vblora(rank=2, vectors=5, length=4)"]
+BANKS = [
+    "vera(rank=2)",
+    "tied_lora(rank=2)",
+    "tied_lora(rank=2, train='uv')",
+    "lotr(rank=2)",
+    "vblora(rank=2, vectors=5, length=4)",
+]
 BANKS += ["randlora(rank=3)", "nola(rank=2, bases_A=5, bases_B=7)", "nola(rank=2, bases_A=5, bases_B=7, share_bases=True)"]
 BANKS += ["intrinsic_dimension(dimension=9)", "intrinsic_dimension(dimension=9, scope='tensor', gains=True)"]
 

@@ -239,7 +239,7 @@ KINDS = {"0": "conv", "3": "linear", "5": "linear"}
 
 
 def where_of(*recipes: Recipe) -> list[str]:
-    """The layers that all of the methods work on: also the convolution if they can, since its kernel has arguments of its own."""
+    """The layers that all of the methods work on, the convolution if they can: its kernel has arguments of its own."""
     layouts = [recipe.parameterization.factory.facts.layouts for recipe in recipes]
     return [site for site, kind in KINDS.items() if all(kind in known for known in layouts)]
 
@@ -274,7 +274,7 @@ def largest_allocation(recipe: Recipe) -> int:
     rankwise.adapt_(net, recipe, where=where_of(recipe))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         nn.functional.cross_entropy(net(x), y).backward()
-    return max(event.self_cpu_memory_usage for event in seen.events())
+    return max(event.self_cpu_memory_usage for event in seen.events() or ())
 
 
 def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

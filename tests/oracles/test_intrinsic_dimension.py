@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 import torch
-from rankwise.lab.intrinsic_dimension import search
-from rankwise.parameterizations.intrinsic import Fastfood, walsh_hadamard
 from torch import nn
 
 import rankwise as rw
+from rankwise.lab.intrinsic_dimension import search
+from rankwise.parameterizations.intrinsic import Fastfood, walsh_hadamard
 from tests.oracles.tools import One, close, grad, linear, put, randn
 
 intrinsic_dimension = rw.catalog.intrinsic_dimension

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankwise.approximations.quantizers import NormalFloat, Uniform
 from torch import Tensor
 
 import rankwise
+from rankwise.approximations.quantizers import NormalFloat, Uniform
 from tests.oracles.tools_training import SITE, adapted, normal, put, relative, roles_of, started, statistics_of, truncated
 
 M, N, RANK, BLOCK = 24, 16, 3, 8

@@ -92,7 +92,8 @@ class StoredAdapter:
         if self.sizes[site] != (m, n):
             there = "×".join(map(str, self.sizes[site]))
             raise FingerprintError(
-                f"{self.folder} was trained on another base: {site} is {there} there and {m}×{n} here; take adapters of one base"
+                f"{self.folder} was trained on another base: {site} is {there} there and {m}×{n} here; take adapters of "
+                "one base"
             )
 
     def _entry(self, site: str) -> Parameterization:
