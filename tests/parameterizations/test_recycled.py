@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import rankwise
 from rankwise.core.errors import CheckpointError, FingerprintError, RecipeError
@@ -66,6 +67,29 @@ def test_a_loaded_adapter_needs_no_sources(tmp_path: Path) -> None:
     fresh = mlp()
     rankwise.load_(fresh, tmp_path / "new")
     assert torch.equal(fresh(X), model(X))
+
+
+def test_every_kind_of_layer_knows_its_base(tmp_path: Path) -> None:
+    """The weight is compared as the layer holds it: a kernel with its modes, a table and a Conv1D turned."""
+
+    def net(seed: int) -> nn.ModuleDict:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made = {"conv": nn.Conv2d(4, 6, 3, groups=2), "table": nn.Embedding(9, 6), "turned": Conv1D(6, 8)}
+            return nn.ModuleDict(made).double()
+
+    handle = rankwise.adapt_(net(0), rankwise.catalog.lora(rank=2), where=["conv", "table", "turned"])
+    scatter(handle)
+    folder = str(handle.save(tmp_path))
+    for site in handle.targets:
+        recipe = rankwise.catalog.eigenlorax(adapters=[folder], rank=2, components=2, center=False)
+        entry = rankwise.adapt_(net(0), recipe, where=[site]).parameterization(site)
+        factors = handle.low_rank_of(site)
+        assert factors is not None
+        entry.project_(factors)
+        torch.testing.assert_close(entry.update().dense(), handle.update_of(site).dense())
+        with pytest.raises(FingerprintError, match=f"the weight of {site} differs"):
+            rankwise.adapt_(net(1), recipe, where=[site])
 
 
 def test_refusals_name_the_way_out(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class CoRA:
     """B = g C with C the common output directions of earlier adapters, A = 0.
 
     Args:
-        sources: folders of adapters on this base, as `handle.save` wrote them.
+        sources: folders of adapters on this base, as `handle.save` wrote them; `rankwise.interop.from_peft` brings PEFT's here.
         gain: g.
         freeze: whether B has to stay as it starts.
         source: "delta", what each adapter changed, or "weight", the changed weight.

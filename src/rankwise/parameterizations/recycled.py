@@ -39,7 +39,7 @@ class Recycled(Additive):
 
     Args:
         site: the layer.
-        adapters: folders that `handle.save` wrote, of adapters on the same base.
+        adapters: folders that `handle.save` wrote, of adapters on the same base; `interop.from_peft` brings PEFT's here.
         rank: r.
         components: principal directions kept of the earlier factors.
         random_components: random directions added.
