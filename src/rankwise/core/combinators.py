@@ -40,7 +40,7 @@ class Sum(Operator):
     def _run(self, x: Tensor, layout: Layout, bias: Tensor | None, *, linear_only: bool) -> Tensor:
         first, rest = self.terms[0], self.terms[1:]
         y = None
-        if isinstance(first, Base) and rest and isinstance(rest[0], LowRank | Dropped):
+        if isinstance(first, Base) and rest:
             y = rest[0].add_to_base(first, x, layout, bias)
             if y is not None:
                 rest = rest[1:]

@@ -59,6 +59,10 @@ class Operator(ABC):
         """Y + apply(x). May be faster than the two apart; does not write into y."""
         return y + self.apply(x, layout).to(y.dtype)
 
+    def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
+        """The frozen layer's whole output plus this update, x -> W x + b + apply(x), where one go is faster; else None."""
+        return None
+
     def __repr__(self) -> str:
         m, n = self.shape
         return f"{type(self).__name__}({m}, {n})"
