@@ -22,21 +22,45 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.core.errors import ArgumentError, Problem
-from rankwise.core.handwritten import frozen_linear, sums_in_full
+from rankwise.core.handwritten import RemadeLinear, Tensors, frozen_linear, sums_in_full
 from rankwise.core.layouts import Layout
 from rankwise.core.operators import Base, Operator, compute_dtype
 from rankwise.core.parameterization import Additive, Facts, Site
 from rankwise.core.piece import register
 from rankwise.parameterizations.even_factors import even_factors, has_factors
-from rankwise.parameterizations.remade import RemadeUpdate
 
 
 def khatri_rao(*factors: Tensor) -> Tensor:
     """F_1 ⊙ … ⊙ F_q (m_1 … m_q, n) of factors (m_i, n)."""
     return functools.reduce(lambda left, right: (left[:, None] * right[None]).flatten(0, 1), factors)
+
+
+class _Made(RemadeLinear):
+    """The matrix W + scale · F_1 ⊙ … ⊙ F_q, or the product alone where there is no W."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def make(self, weight: Tensor | None, *factors: Any) -> tuple[Tensor, Any]:
+        first, rest = factors[0] * self.scale, khatri_rao(*factors[1:])
+        if weight is None:
+            return khatri_rao(first, rest), rest
+        first, other = first.to(weight.dtype), rest.to(weight.dtype)
+        blocks = weight.reshape(first.shape[0], *other.shape)  # (m_1, m / m_1, n)
+        return torch.addcmul(blocks, first[:, None], other[None]).flatten(0, 1), rest
+
+    def pull(self, G: Tensor, made: Any, weight: Tensor | None, *factors: Any) -> Tensors:
+        first, *others = factors
+        blocks = G.to(first.dtype).reshape(first.shape[0], -1, G.shape[1])  # (m_1, m / m_1, n)
+        own = (blocks * made).sum(1) * self.scale
+        below = (blocks.mul_(first[:, None]).sum(0)) * self.scale  # the gradient of F_2 ⊙ … ⊙ F_q
+        if len(others) == 1:
+            return own, below
+        return own, *_Made(1.0).pull(below, khatri_rao(*others[1:]), None, *others)
 
 
 class KhatriRao(Operator):
@@ -53,10 +77,7 @@ class KhatriRao(Operator):
         return m, self.factors[0].shape[1]
 
     def dense(self) -> Tensor:
-        return self._matrix(*self.factors)
-
-    def _matrix(self, *factors: Tensor) -> Tensor:
-        return khatri_rao(factors[0] * self.scale, *factors[1:])
+        return khatri_rao(self.factors[0] * self.scale, *self.factors[1:])
 
     def apply(self, x: Tensor, layout: Layout) -> Tensor:
         if layout.kind == "embedding":  # column k alone: its own factors' columns
@@ -65,14 +86,14 @@ class KhatriRao(Operator):
         if layout.kind != "linear":
             return super().apply(x, layout)
         x = x.to(compute_dtype(x, self.factors[0].dtype))
-        return RemadeUpdate(self._matrix)(x, None, None, *self.factors)
+        return _Made(self.scale)(x, None, None, *self.factors)
 
     def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
         frozen = frozen_linear(base, x, layout, bias)
         if frozen is None or not sums_in_full(frozen[0]):
             return None
         x, weight, bias = frozen
-        return RemadeUpdate(self._matrix)(x, weight, bias, *self.factors)
+        return _Made(self.scale)(x, weight, bias, *self.factors)
 
 
 @register("parameterization")

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.core.handwritten import frozen_linear, sums_in_full
+from rankwise.core.handwritten import RemadeLinear, Tensors, frozen_linear, sums_in_full
 from rankwise.core.layouts import Layout
 from rankwise.core.operators import Base, Dense, Operator, compute_dtype
 from rankwise.core.queries import svd
-from rankwise.parameterizations.remade import RemadeUpdate
 
 
 def bonds_of(rows: Sequence[int], columns: Sequence[int], most: int) -> list[int]:
@@ -65,16 +65,23 @@ def decompose(matrix: Tensor, rows: Sequence[int], columns: Sequence[int], most:
 Act = Callable[[Tensor, Tensor], Tensor]
 
 
-def _increment(cores: Sequence[Tensor], start: Sequence[Tensor], state: Tensor, act: Act) -> Tensor:
-    """The telescoping sum, where act(state, core) contracts a state with the next core."""
-    last, q = len(cores) - 1, None
+def _telescope(cores: Sequence[Tensor], start: Sequence[Tensor], state: Tensor, act: Act, axis: int) -> tuple[Tensor, Tensor]:
+    """The telescoping sum up to its last product: (state, core) such that act(state, core) is the sum.
+
+    act(state, core) contracts a state, whose bond is at `axis`, with the next core. The products of T alone and the sum so far
+    stand side by side on the bond, so that both meet the next core, whose bond is the axis before, at once.
+    """
+    both, last = None, len(cores) - 1
     for k, (core, frozen) in enumerate(zip(cores, start, strict=True)):
-        moved = act(state, core - frozen)
-        q = moved if q is None else moved + act(q, frozen)
-        if k < last:
-            state = act(state, core)
-    assert q is not None
-    return q
+        if both is None:
+            pair = state, core - frozen
+        else:
+            pair = torch.cat([state, both], axis), torch.cat([core - frozen, frozen], axis - 1)
+        if k == last:
+            return pair
+        both = act(*pair)
+        state = act(state, core)
+    raise ValueError("an operator has at least one core; this is a bug in rankwise")
 
 
 def _extend(state: Tensor, core: Tensor) -> Tensor:
@@ -88,6 +95,40 @@ def _contract(state: Tensor, core: Tensor) -> Tensor:
     step = core.permute(1, 3, 0, 2).reshape(m * right, left * n).to(state.dtype)
     state = state.reshape(-1, left * n, state.shape[-1] // n)
     return torch.bmm(step.expand(state.shape[0], -1, -1), state).reshape(-1, right, state.shape[-1])
+
+
+class _Made(RemadeLinear):
+    """The matrix W + MPO(T) - MPO(T⁰), or the increment alone where there is no W; tensors are T_1 … T_N, T⁰_1 … T⁰_N."""
+
+    def __init__(self, rows: Sequence[int], columns: Sequence[int]) -> None:
+        self.rows, self.columns, count = list(rows), list(columns), len(rows)
+        self.pairs = [size for pair in zip(rows, columns, strict=True) for size in pair]
+        self.order = [*range(0, 2 * count, 2), *range(1, 2 * count, 2)]  # interleaved -> rows, columns
+        self.back = [axis for k in range(count) for axis in (k, count + k)]
+
+    def _factors(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """(m_1 n_1 … n_{N-1}, 2R) and (2R, m_N n_N), whose product holds the entries in interleaved order."""
+        count = len(self.rows)
+        left, right = _telescope(tensors[:count], tensors[count:], tensors[0].new_ones(1, 1), _extend, 1)
+        return left, right.flatten(1)
+
+    def make(self, weight: Tensor | None, *factors: Any) -> tuple[Tensor, Any]:
+        left, right = self._factors(*factors)
+        entries = (left @ right).reshape(self.pairs).permute(self.order)  # m_1 … m_N, n_1 … n_N
+        if weight is not None:  # one pass through both
+            entries = weight.reshape(*self.rows, *self.columns) + entries.to(weight.dtype)
+        return entries.reshape(math.prod(self.rows), math.prod(self.columns)), None
+
+    def pull(self, G: Tensor, made: Any, weight: Tensor | None, *factors: Any) -> Tensors:
+        trained = [factor.requires_grad for factor in factors]
+        with torch.enable_grad():
+            leaves = [factor.detach().requires_grad_(flag) for factor, flag in zip(factors, trained, strict=True)]
+            left, right = self._factors(*leaves)
+        G = G.to(left.dtype).reshape(*self.rows, *self.columns).permute(self.back).reshape(left.shape[0], right.shape[1])
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        sides = [(side, grad) for side, grad in ((left, G @ right.t()), (right, left.t() @ G)) if side.requires_grad]
+        found = iter(torch.autograd.grad([side for side, _ in sides], wanted, [grad for _, grad in sides]))
+        return tuple(next(found) if flag else None for flag in trained)
 
 
 class Increment(Operator):
@@ -107,14 +148,7 @@ class Increment(Operator):
         return math.prod(self.rows), math.prod(self.columns)
 
     def dense(self) -> Tensor:
-        return self._matrix(*self.cores, *self.start)
-
-    def _matrix(self, *tensors: Tensor) -> Tensor:
-        count = len(self.cores)
-        entries = _increment(tensors[:count], tensors[count:], tensors[0].new_ones(1, 1), _extend)
-        pairs = [size for pair in zip(self.rows, self.columns, strict=True) for size in pair]
-        order = [*range(0, 2 * count, 2), *range(1, 2 * count, 2)]
-        return entries.reshape(pairs).permute(order).reshape(self.shape)
+        return _Made(self.rows, self.columns).make(None, *self.cores, *self.start)[0]
 
     def prefers_cores(self, tokens: int, *, merged: bool) -> bool:
         """Whether core by core takes fewer operations than the matrix; see `operations`. Backward counts twice a forward.
@@ -134,20 +168,20 @@ class Increment(Operator):
         dtype = compute_dtype(x, self.cores[0].dtype)
         if self.prefers_cores(math.prod(x.shape[:-1]), merged=False):
             return self._core_by_core(x.to(dtype))
-        return RemadeUpdate(self._matrix)(x.to(dtype), None, None, *self.cores, *self.start)
+        return _Made(self.rows, self.columns)(x.to(dtype), None, None, *self.cores, *self.start)
 
     def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
         frozen = frozen_linear(base, x, layout, bias)
         if frozen is None or not sums_in_full(frozen[0]) or self.prefers_cores(math.prod(x.shape[:-1]), merged=True):
             return None
         x, weight, bias = frozen
-        return RemadeUpdate(self._matrix)(x, weight, bias, *self.cores, *self.start)
+        return _Made(self.rows, self.columns)(x, weight, bias, *self.cores, *self.start)
 
     def _core_by_core(self, x: Tensor) -> Tensor:
         tokens = x.reshape(1, -1, x.shape[-1]).mT  # (1, n, T): the tokens last, so that every product is a wide one
         state = tokens.reshape(1, 1, -1)  # (1, R_0, n T)
         m, T = self.shape[0], tokens.shape[-1]
-        y = _increment(self.cores, self.start, state, _contract)  # (m, 1, T)
+        y = _contract(*_telescope(self.cores, self.start, state, _contract, 1))  # (m, 1, T)
         return y.reshape(m, T).t().reshape(*x.shape[:-1], m)
 
     def _looked_up(self, x: Tensor) -> Tensor:
@@ -165,7 +199,7 @@ class Increment(Operator):
             return (state @ core.flatten(2)).reshape(state.shape[0], -1, core.shape[3])
 
         state = self.cores[0].new_ones(x.numel(), 1, 1)
-        return _increment(chosen[0], chosen[1], state, extend).reshape(*x.shape, self.shape[0])
+        return extend(*_telescope(chosen[0], chosen[1], state, extend, 2)).reshape(*x.shape, self.shape[0])
 
 
 def operations(cores: Sequence[Tensor]) -> tuple[int, int]:
@@ -173,7 +207,7 @@ def operations(cores: Sequence[Tensor]) -> tuple[int, int]:
     by_core, making, last = 0, 0, len(cores) - 1
     inputs, outputs, entries = math.prod([core.shape[2] for core in cores]), 1, 1
     for k, core in enumerate(cores):
-        size, times = core.numel(), 2 if k in (0, last) else 3
+        size, times = core.numel(), min(2, len(cores)) if k in (0, last) else 3
         inputs //= core.shape[2]
         by_core += times * size * outputs * inputs
         making += times * size * entries
