@@ -54,6 +54,8 @@ class RelaxedRecursive:
         blocks: the layers of all depths.
         shared_blocks: the K layers that own the shared tensors; they are also those of the first K depths.
         maps: the linear maps within a layer by path.
+        without_factors: parameters of two dimensions and more that are shared, but lie in no layer that could have factors
+            (embeddings, fused experts): what sharing loses there, no rank wins back.
     """
 
     def __init__(
@@ -62,6 +64,9 @@ class RelaxedRecursive:
         self.model, self.plan, self.blocks = model, plan, tuple(blocks)
         self.shared_blocks = self.blocks[: len(blocks) // plan.loops]
         self.maps = linear_maps(blocks[0], plan.layers)
+        relaxed = {f"{path}.weight".lstrip(".") for path in self.maps if plan.rank}
+        shared = [name for name, tensor in blocks[0].named_parameters() if tensor.dim() > 1]
+        self.without_factors = tuple(name for name in shared if name not in relaxed)
         for depth, block in enumerate(self.blocks):
             owners = dict(self.shared_blocks[depth % len(self.shared_blocks)].named_modules())
             for path, module in list(block.named_modules()):
@@ -69,6 +74,11 @@ class RelaxedRecursive:
                 relaxation = None if pair is None else Relaxation(pair.B, pair.A, self.maps[path].layout)
                 owner = None if depth < len(self.shared_blocks) else owners[path]
                 loop_(module, owner, shared_names(module, plan.vectors), relaxation)
+
+    def __repr__(self) -> str:
+        said = f"{self.plan.layers}: {len(self.shared_blocks)} layers × {self.plan.loops} loops, rank {self.plan.rank}"
+        alone = shorten(self.without_factors)
+        return f"RelaxedRecursive({said}" + (f"; shared without factors: {alone})" if alone else ")")
 
     def update_of(self, depth: int, path: str) -> LowRank:
         """B_l A_l at a depth, counted from 0, of the map at `path` within a layer; its factors are the trained tensors.

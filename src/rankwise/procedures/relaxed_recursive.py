@@ -16,9 +16,10 @@ Not an adapter beside a frozen base: shrinking loses something that only trainin
 factors of medium rank starts worse than with none (the paper's U-shape); take "average" with factors. transformers'
 `save_pretrained` cannot write the looped form: `save` here, or `unroll_()` first. Depths that share may not be sharded apart.
 
-*Differs*: vectors="own" leaves norms and biases to each depth, with which full rank is exact for trained models too; under
-"tied" it is so only where these agree. Convolutions in a layer get factors as well. Missing are what the paper adds around the
-method: distillation, losses at early exits, and batches whose rows are at different depths.
+*Differs*: vectors="own" leaves norms and biases to each depth. With it full rank is exact for any model; with "tied" only where
+the norms and biases of tied layers agree, which those of trained models do not. Convolutions in a layer get factors as well;
+fused experts are shared without any (`without_factors`). Missing is what the paper adds around the method: distillation, losses
+at early exits, and batches whose rows are at different depths.
 
 Bae, Fisch, Harutyunyan, Ji, Kim, Schuster: Relaxed Recursive Transformers: Effective Parameter Sharing with Layer-wise LoRA,
 2024, arXiv:2410.20672.
