@@ -88,6 +88,10 @@ CASES: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {
     ("sora", "rung_steps"): ({"threshold": (0.01, 0.05), "rung_steps": 4}, 2),
     ("sora", "compat"): ({"threshold": 0.2}, "released"),
     ("relora", "moments"): ({}, 0.5),
+    ("dota", "row_factors"): ({}, ((2, 2, 2), (3, 4, 2), (4, 4, 1))),
+    ("dota", "column_factors"): ({}, ((6, 3, 2), (8, 2, 2), (6, 2, 2))),
+    ("dota", "balanced"): ({}, True),
+    ("lowrank_tales", "factors"): ({}, 3),
 }
 RECIPES = [slug for shelf in SHELVES for slug in rankwise.catalog.names(shelf)]
 ARGUMENTS = [(slug, name) for slug in RECIPES for name in inspect.signature(rankwise.catalog.entry(slug).make).parameters]

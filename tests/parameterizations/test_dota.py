@@ -153,6 +153,21 @@ def test_one_side_given_sets_the_number_of_factors_of_the_other() -> None:
     assert set(p.roles()) == {"core_1", "core_2"} and handle.trained_numbers == 12 + 32
 
 
+def test_each_layer_takes_the_list_that_fits_it(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)).double()
+    handle = rankwise.adapt_(net, dota(rank=2, row_factors=[[2, 6], [4, 2]]))
+    shapes = [[tuple(core.shape[1:3]) for core in handle.parameterization(site).roles().values()] for site in ("0", "1")]
+    assert shapes == [[(2, 2), (6, 4)], [(4, 3), (2, 4)]]
+    fill(handle)
+    handle.save(tmp_path)
+    other = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)).double()
+    other.load_state_dict({key: net.state_dict()[key] for key in other.state_dict()})
+    rankwise.load_(other, tmp_path)
+    assert torch.equal(other(randn(3, 8)), net(randn(3, 8)))
+    with pytest.raises(RecipeError, match="multiply to 8"):
+        rankwise.adapt_(nn.Sequential(nn.Linear(8, 8)), dota(rank=2, row_factors=[[2, 6], [3, 2]]))
+
+
 def test_a_checkpoint_brings_its_own_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, handle, _ = adapted(dota(rank=3), linear(12, 8))
     fill(handle)

@@ -36,8 +36,8 @@ _CORES = (
 def dota(
     *,
     rank: int = 8,
-    row_factors: Sequence[int] | None = None,
-    column_factors: Sequence[int] | None = None,
+    row_factors: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    column_factors: Sequence[int] | Sequence[Sequence[int]] | None = None,
     balanced: bool = False,
 ) -> Recipe:
     """A chain of small cores, cut out of the weight by its tensor-train decomposition, trained over the frozen rest."""

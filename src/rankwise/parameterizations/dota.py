@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -34,6 +34,7 @@ from rankwise.core.piece import register
 from rankwise.parameterizations.even_factors import even_factors, has_factors
 from rankwise.parameterizations.matrix_product import Increment, bonds_of, decompose
 
+Given = Sequence[int] | Sequence[Sequence[int]] | None
 COUNT = 3  # factors of a size that none were given for
 
 
@@ -44,7 +45,8 @@ class DoTA(Additive):
     Args:
         site: the layer.
         rank: R, the largest bond.
-        row_factors, column_factors: m_1 … m_N and n_1 … n_N; None for three as equal as possible.
+        row_factors, column_factors: m_1 … m_N and n_1 … n_N, or several such lists, of which a layer takes the one that
+            multiplies to its size; None for as many as the other side has, or three, as equal as possible.
         balanced: √S on both sides of every bond, instead of orthonormal cores and all the scale in the last one.
     """
 
@@ -55,8 +57,8 @@ class DoTA(Additive):
         site: Site,
         *,
         rank: int = 8,
-        row_factors: Sequence[int] | None = None,
-        column_factors: Sequence[int] | None = None,
+        row_factors: Given = None,
+        column_factors: Given = None,
         balanced: bool = False,
     ) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class DoTA(Additive):
     @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
         given = arguments.get("row_factors") or arguments.get("column_factors")
-        return frozenset(f"core_{k}" for k in range(1, (len(given) if given else COUNT) + 1))
+        return frozenset(f"core_{k}" for k in range(1, _count(given) + 1))
 
     @classmethod
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
@@ -114,7 +116,26 @@ class DoTA(Additive):
         return Increment(all_of("core"), all_of("start"))
 
 
-def _factors(site: Site, rows: Sequence[int] | None, columns: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _factors(site: Site, rows: Given, columns: Given) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """m_1 … m_N and n_1 … n_N: as given, or as many as the other side has."""
-    count = len(rows or columns or range(COUNT))
-    return tuple(rows or even_factors(site.m, count)), tuple(columns or even_factors(site.n, count))
+    count = _count(rows or columns)
+    return _of_size(rows, site.m) or even_factors(site.m, count), _of_size(columns, site.n) or even_factors(site.n, count)
+
+
+def _lists(given: Given) -> list[tuple[int, ...]]:
+    """One list or several, as several."""
+    if given is None:
+        return []
+    several = [item for item in given if not isinstance(item, int)]
+    return [tuple(item) for item in several] if several else [cast("tuple[int, ...]", tuple(given))]
+
+
+def _count(given: Given) -> int:
+    lists = _lists(given)
+    return len(lists[0]) if lists else COUNT
+
+
+def _of_size(given: Given, size: int) -> tuple[int, ...] | None:
+    """The list that multiplies to a size; the first where none does, for the message."""
+    lists = _lists(given)
+    return next((item for item in lists if math.prod(item) == size), lists[0] if lists else None)
