@@ -9,6 +9,32 @@ from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.hadamard_gates import HadamardGates
 from rankwise.parameterizations.lora_dropout import LoRADropout
 from rankwise.parameterizations.masked import Masked
+from rankwise.parameterizations.sltrain import SLTrain, SparsePlusLowRank
+
+
+@entry(
+    "parameterization",
+    title="SLTrain",
+    formula="s·B A + S instead of W, S sparse at fixed random places",
+    reference=Reference(
+        "Han et al.",
+        "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
+        2024,
+        "2406.02214",
+    ),
+    trained="r(m + n) + ⌊density·mn⌋",
+    cost="2mnr FLOPs per forward to make the matrix, and again in backward",
+    merges="the weight is replaced (keep_base: exact)",
+    exports="not of low rank: the sparse part has full rank",
+    when="To train a model from scratch with half the optimizer state; with keep_base to fine-tune at a rank above LoRA's.",
+    tiny={"rank": 2, "density": 0.25},
+    numbers="rank*(m+n) + density*m*n//1",
+    flops="2*m*n*rank",
+    variants=("sltrain(rank=2, density=0.25, keep_base=True)",),
+)
+def sltrain(*, rank: int = 128, alpha: float = 32.0, density: float = 0.03, keep_base: bool = False) -> Recipe:
+    """A low-rank matrix plus a few entries at random places, trained from scratch in place of each weight."""
+    return adapter(piece(SparsePlusLowRank if keep_base else SLTrain, rank=rank, alpha=alpha, density=density), name="sltrain")
 
 
 @entry(
