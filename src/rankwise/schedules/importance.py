@@ -13,7 +13,9 @@ Zhang et al.: PLATON: Pruning Large Transformer Models with Upper Confidence Bou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -83,6 +85,36 @@ class Importance:
         self._kept = {name: tuple(value.clone() for value in kept) for name, kept in state.items()}
 
 
+class IntervalMean:
+    """Means of named tensors over an interval of steps."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Takes in the tensors of one step."""
+        self._steps += 1
+        self._sums = {name: self._sum(name, value) for name, value in values.items()}
+
+    def _sum(self, name: str, value: Tensor) -> Tensor:
+        return sharded_like(self._sums[name], value) + value if name in self._sums else value
+
+    def close(self) -> dict[str, Tensor]:
+        """The means, and a new interval begins."""
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, and the number of steps."""
+        return {"sums": {name: whole(total).clone() for name, total in self._sums.items()}, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._sums, self._steps = {name: total.clone() for name, total in state["sums"].items()}, int(state["steps"])
+
+
 def all_finite(gradients: Iterable[Tensor]) -> bool:
     """Whether no gradient holds NaN or infinity. Steps with some are skipped by a gradient scaler, and must not be averaged."""
     flags = [torch.isfinite(whole(gradient)).all() for gradient in gradients]
@@ -96,3 +128,14 @@ def keep_best(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
     keep = torch.zeros_like(together, dtype=torch.bool)
     keep[together.sort(descending=True, stable=True).indices[:budget]] = True
     return dict(zip(scores, keep.split([score.numel() for score in scores.values()]), strict=True))
+
+
+def small_means(scores: Mapping[str, Tensor], share: Fraction | int) -> list[str]:
+    """Names of tensors whose mean lies below the ⌊N · share⌋-th smallest of all N entries together; none where that is 0."""
+    count = math.floor(sum(score.numel() for score in scores.values()) * share)
+    if count < 1:
+        return []
+    device = next(iter(scores.values())).device
+    threshold = torch.cat([score.flatten().to(device) for score in scores.values()]).kthvalue(count).values
+    below = torch.stack([score.mean().to(device) for score in scores.values()]) < threshold
+    return [name for name, small in zip(scores, below.tolist(), strict=True) if small]

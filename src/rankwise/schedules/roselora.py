@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -67,9 +68,9 @@ class RoseLoRA(RankSchedule):
         self._before: dict[str, Tensor] = {}  # the values before this step
         self._before_of = -1
 
-    def share_at(self, step: int) -> float:
+    def share_at(self, step: int) -> Fraction:
         """τ_t after `step` steps."""
-        return float(cubic_share(step, target=self.keep, begin=self.begin, end=self.end))
+        return cubic_share(step, target=self.keep, begin=self.begin, end=self.end)
 
     @torch.no_grad()
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:
@@ -86,7 +87,7 @@ class RoseLoRA(RankSchedule):
             for name, tensor in factors.items():
                 self.importance.observe(name, self._before.get(name, tensor), gradients.get(name))
         self._before, self._before_of = {}, -1
-        share = cubic_share(step + 1, target=self.keep, begin=self.begin, end=self.end)
+        share = self.share_at(step + 1)
         decisions: dict[str, Decision] = {}
         for site, block in blocks.items() if step + 1 > self.begin else ():
             left = {}
