@@ -120,21 +120,16 @@ def _equip(entry: Parameterization, site: Site, density: float) -> None:
     """Gives it B (m, r) at zero, A (r, n) at U(±1/√n), and the indices (2, K)."""
     entry.B = nn.Parameter(site.zeros(site.m, entry.rank))
     entry.A = nn.Parameter(site.uniform(entry.rank, site.n, bound=1 / math.sqrt(site.n), purpose="A"))
-    count = _count(site, density)
+    count = math.floor(density * site.m * site.n)
     blank = torch.zeros(2, count, dtype=torch.int32)  # a file will fill it
     indices = blank if site.blank else random_places(site.m, site.n, count, site.generator("places"))
     entry.register_buffer("indices", indices.to(site.device))
 
 
-def _count(site: Site, density: float) -> int:
-    """K = ⌊density · m n⌋, where a product that falls short of a whole number by rounding counts as that number."""
-    return math.floor(density * site.m * site.n * (1 + 1e-12))
-
-
 def _density_problems(site: Site, density: float) -> list[Problem]:
     if not 0 <= density <= 1:
         raise ArgumentError(f"density is a share of the entries, in [0, 1], not {density}")
-    if density == 0 or _count(site, density):
+    if density == 0 or math.floor(density * site.m * site.n):
         return []
     return [
         Problem(

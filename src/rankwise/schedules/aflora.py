@@ -8,12 +8,11 @@ On W' = W + diag(v) B diag(u) A (`projected_vectors.py`), with T steps in all, E
     θ    = the ⌊N (1 - ρ)⌋-th smallest entry of s over all N entries of the projections not yet frozen
 
 At the end of each interval in between, and after every step beyond T - t_f E, every P whose mean of s lies below θ is frozen:
-no gradient, no moments, nothing more to score. Comparing a mean with single entries is meant so. The vectors go on training.
-`average_trained` is the paper's measure of size, trained numbers averaged over the steps. Extra, per number not yet frozen:
-three (the interval's sum, Ī, Ū). Steps that a gradient scaler skips do not count.
+no gradient, no moments, nothing more to score. Comparing a mean with single entries is meant so; at ρ = 0 all is frozen but
+tensors whose entries all score the same (without any gradient, say). `average_trained` is the paper's measure of size, trained
+numbers averaged over steps. Extra: three numbers per number not yet frozen. Steps that a gradient scaler skips do not count.
 
-*Differs* from the release: at ρ = 0 all that is left is frozen, also where all entries of s are equal; projections are frozen
-after a step instead of before the next one, which gives the same numbers.
+*Differs* from the release: projections are frozen after a step instead of before the next one, which gives the same numbers.
 
 Liu, Kundu, Li, Wan, Jiang, Beerel: AFLoRA: Adaptive Freezing of Low Rank Adaptation in Parameter Efficient Fine-Tuning of Large
 Models, 2024, arXiv:2403.13269.
@@ -44,8 +43,7 @@ class AFLoRA(RankSchedule):
     """Freezes A and B where their scores are small.
 
     Args:
-        total_steps: T, optimizer steps of the whole run.
-        epochs: of the whole run.
+        total_steps, epochs: of the whole run; T counts optimizer steps.
         warmup_epochs: t_i, epochs without freezing.
         final_epochs: t_f, epochs at the end with all projections frozen.
         interval: steps over which gradients are averaged.
@@ -76,11 +74,11 @@ class AFLoRA(RankSchedule):
         if total_steps < epochs or warmup_epochs + final_epochs > epochs:
             raise ArgumentError(
                 f"warmup_epochs={warmup_epochs} and final_epochs={final_epochs} do not fit into epochs={epochs} of total_steps="
-                f"{total_steps}; total_steps and epochs are those of the whole run, final_epochs about two thirds of it"
+                f"{total_steps}, which are those of the whole run; final_epochs is about two thirds of them"
             )
         per_epoch = total_steps // epochs
         self.begin, self.end = warmup_epochs * per_epoch, total_steps - final_epochs * per_epoch
-        self.total_steps, self.interval, self.keep = total_steps, interval, keep
+        self.interval, self.keep = interval, keep
         self.importance = Importance(beta1=smoothing, beta2=uncertainty_smoothing)
         self.gradients = IntervalMean()
         self.frozen: dict[str, int] = {}  # "site.role" -> step after which it was frozen
@@ -107,18 +105,16 @@ class AFLoRA(RankSchedule):
         """Takes in the gradients, and freezes when it is time."""
         done, closing = step + 1, (step + 1) % self.interval == 0
         live = {name: tensor for name, tensor in _projections(blocks).items() if name not in self.frozen}
-        vectors = sum(block[role].numel() for block in blocks.values() for role in block.keys() - PROJECTIONS)
-        self.trained, self.steps = self.trained + vectors + sum(tensor.numel() for tensor in live.values()), self.steps + 1
-        gradients = {
-            name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.abs() for name, tensor in live.items()
-        }
+        vectors = [block[role] for block in blocks.values() for role in block.keys() - PROJECTIONS]
+        self.trained, self.steps = self.trained + sum(p.numel() for p in (*vectors, *live.values())), self.steps + 1
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.abs() for name, p in live.items()}
         if all_finite(gradients.values()):
             self.gradients.add(gradients)
         for name, mean in self.gradients.close().items() if closing else ():
             self.importance.average(name, mean)
         share = self.share_at(done) if closing or done > self.end else 1
         scores = {name: whole(self.importance.score(name)) for name in live if share < 1 and self.importance.knows(name)}
-        newly = list(live) if share == 0 else small_means(scores, 1 - share)
+        newly = small_means(scores, 1 - share)
         for name in newly:
             self.importance.forget(name)
         self.frozen, self.left = {**self.frozen, **dict.fromkeys(newly, done)}, len(live) - len(newly)
@@ -133,14 +129,14 @@ class AFLoRA(RankSchedule):
         if self.left == 0:
             return "AFLoRA: no projection was there to freeze; square layers freeze theirs at once, unless train_square=True"
         return (
-            f"AFLoRA: {len(self.frozen) or 'no'} projections were frozen in {step} steps; the last are at step {self.end + 1}. "
-            f"Set total_steps (now {self.total_steps}) and epochs to those of the run"
+            f"AFLoRA: {len(self.frozen) or 'no'} projections were frozen in {step} steps; the last are due at {self.end + 1}. "
+            "Set total_steps and epochs to those of the run, and interval below them; layers without gradients never freeze"
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The interval so far, the averages, what is frozen, and the count of trained numbers."""
-        kept = {"importance": self.importance.state_dict(), "gradients": self.gradients.state_dict()}
-        return {**kept, "frozen": dict(self.frozen), "left": self.left, "trained": self.trained, "steps": self.steps}
+        averages = {"importance": self.importance.state_dict(), "gradients": self.gradients.state_dict()}
+        return {**averages, "frozen": dict(self.frozen), "left": self.left, "trained": self.trained, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""

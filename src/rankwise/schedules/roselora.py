@@ -5,7 +5,7 @@
     I = |θ · ∂L/∂θ|       with θ before the step;  Ī <- β Ī + (1 - β) I, from the first I on (`importance.py`)
     after step t          τ_t = 1 up to t = begin, τ + (1 - τ)(1 - (t - begin)/(end - begin))³, τ from t = end on (`cubic.py`)
                           in each row of A (column of B) of length n, k = ⌊n (1 - τ_t)⌋: entries whose Ī lies strictly below
-                          the k-th smallest become 0, k - 1 of them; ties at it are kept. Then all may be clamped
+                          the k-th smallest become 0, k - 1 of them; ties at it are kept. `clamp` bounds the rest, from t = 1
 
 Few entries in the factors bound the zeros of the product from below: see `zeros_bound`. Moments stay, and the optimizer moves
 pruned entries until the next pruning, so save after `after_step`, never between the optimizer's step and it. A pruned entry is
@@ -46,7 +46,7 @@ class RoseLoRA(RankSchedule):
         begin: the last step without pruning; B starts at 0, so its first I says nothing.
         end: the step from which τ holds.
         smoothing: β.
-        clamp: all entries are clamped to [-clamp, clamp] after each pruning; the authors' editing runs use 3e-3.
+        clamp: all entries are clamped to [-clamp, clamp] after every step; the authors' editing runs use 3e-3.
     """
 
     roles: ClassVar[frozenset[str]] = frozenset({"A", "B"})
@@ -89,7 +89,7 @@ class RoseLoRA(RankSchedule):
         self._before, self._before_of = {}, -1
         share = self.share_at(step + 1)
         decisions: dict[str, Decision] = {}
-        for site, block in blocks.items() if step + 1 > self.begin else ():
+        for site, block in blocks.items() if share < 1 or self.clamp is not None else ():
             left = {}
             for role in sorted(self.roles & block.keys()):
                 length = block[role].shape[1 if role == "A" else 0]
