@@ -153,6 +153,9 @@ def test_bad_arguments_are_refused() -> None:
         Regression().adapt("roselora(rank=2) + pissa(rank=2)")
     with pytest.raises(RecipeError, match="needs roles A, B"):
         Regression().adapt("vera(rank=2) + roselora")
+    with pytest.raises(RecipeError, match="so zeros there would destroy it"):
+        Regression().adapt("batched_flora(rank=2) + roselora")
+    Regression().adapt("batched_flora(rank=2, mode='residual') + roselora")
 
 
 @pytest.mark.parametrize(
