@@ -64,8 +64,8 @@ def _pruning_problems(recipe: Recipe) -> list[Problem]:
     return [
         Problem(
             piece=f"schedule {recipe.schedule.name}",
-            needs="trained tensors that may lose entries",
-            has=f"the weight acts only through those of {recipe.parameterization}, so zeros there would destroy it",
+            needs="trained tensors whose zeros lead back to the base",
+            has=f"those of {recipe.parameterization} hold a part of the weight, or a start that is subtracted again",
             remedy="use an additive parameterization (lora, rslora, dora), or drop it",
         )
     ]

@@ -172,7 +172,7 @@ class Parameterization(nn.Module, ABC):
 
     @classmethod
     def prunable(cls, **arguments: Any) -> bool:
-        """Whether trained tensors may lose entries: False where the weight acts only through them."""
+        """Whether zeros in its trained tensors lead to the base: not where these hold it, or a start that is subtracted."""
         return True
 
     @classmethod
