@@ -153,9 +153,11 @@ def test_bad_arguments_are_refused() -> None:
         Regression().adapt("roselora(rank=2) + pissa(rank=2)")
     with pytest.raises(RecipeError, match="needs roles A, B"):
         Regression().adapt("vera(rank=2) + roselora")
-    with pytest.raises(RecipeError, match="so zeros there would destroy it"):
-        Regression().adapt("batched_flora(rank=2) + roselora")
-    Regression().adapt("batched_flora(rank=2, mode='residual') + roselora")
+    for text in ("batched_flora(rank=2)", "delora(rank=2)"):
+        with pytest.raises(RecipeError, match="whose zeros lead back to the base"):
+            Regression().adapt(f"{text} + roselora")
+    for text in ("batched_flora(rank=2, mode='residual')", "delora(rank=2, start='zero')"):
+        Regression().adapt(f"{text} + roselora")
 
 
 @pytest.mark.parametrize(
