@@ -94,12 +94,6 @@ class AFLoRA(RankSchedule):
         """ρ after `step` steps."""
         return cubic_share(step, target=self.keep, begin=self.begin, end=self.end)
 
-    def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:
-        """After resuming, what was frozen before has a gradient once more, which must not move it."""
-        for name, tensor in _projections(blocks).items():
-            if name in self.frozen:
-                tensor.grad = None
-
     @torch.no_grad()
     def decide(self, step: int, blocks: Mapping[str, Block], *, learning_rate: float) -> Mapping[str, Decision]:
         """Takes in the gradients, and freezes when it is time."""
