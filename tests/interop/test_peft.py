@@ -283,7 +283,7 @@ def lora_folder(folder: Path, layers: int = 2, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        ({"peft_type": "BONE"}, "peft_type 'BONE'; rankwise reads LORA, .*rename the keys bone_block"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
