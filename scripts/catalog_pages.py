@@ -6,6 +6,7 @@ python scripts/catalog_pages.py --check    fails where the committed files are n
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import rankwise
-from rankwise.core.catalog import SHELVES
+from rankwise.core.catalog import SHELVES, Entry
 from rankwise.core.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,60 @@ def table(rows: list[list[str]], head: list[str]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in rows])
 
 
+OTHERS = ("start", "step", "perturbation", "schedule", "procedure")
+
+
+def texts(shelf: str) -> list[str]:
+    """Every entry of a shelf with tiny arguments, and its variants."""
+    entries = [rankwise.catalog.entry(slug) for slug in rankwise.catalog.names(shelf)]
+    return [text for entry in entries for text in (entry.small, *entry.variants)]
+
+
+def short(text: str) -> str:
+    """The recipe's text without the sizes that only make it fit the small model."""
+    entry = rankwise.catalog.entry(text.split("(")[0])
+    return entry.slug if text == entry.small else text
+
+
+def model_for(text: str) -> nn.Module:
+    """A layer that the parameterization of a recipe works on."""
+    linear = "linear" in rankwise.compose(text).method.facts.layouts
+    return nn.Sequential(nn.Linear(8, 8) if linear else nn.Conv2d(8, 8, 3))
+
+
+@functools.cache
+def refusals(row: str, column: str) -> tuple[str, ...]:
+    """Why a parameterization and another piece do not go together; empty where they do."""
+    try:
+        found = rankwise.problems(model_for(row), rankwise.compose(row, column), where=["0"])
+    except RecipeError as error:
+        found = list(error.problems)
+    return tuple(f"{problem.piece} needs {problem.needs}" for problem in found)
+
+
+def roles(entry: Entry) -> str:
+    """Names of the trained tensors, of the entry and of variants that train others."""
+    if entry.shelf != "parameterization":
+        return ""
+    names = [", ".join(sorted(rankwise.compose(text).roles)) for text in (entry.small, *entry.variants)]
+    return "; or ".join(f"`{name}`" for name in dict.fromkeys(names) if name) or "differ between layers"
+
+
+def composes(entry: Entry) -> dict[str, str]:
+    """With which pieces of each other shelf the entry goes together."""
+    shelves = OTHERS if entry.shelf == "parameterization" else ("parameterization",) if entry.shelf in OTHERS else ()
+    found = {}
+    for shelf in shelves:
+        slugs = []
+        for slug in rankwise.catalog.names(shelf):
+            other = rankwise.catalog.entry(slug).small
+            if not refusals(*((entry.small, other) if shelf in OTHERS else (other, entry.small))):
+                slugs.append(f"`{slug}`")
+        every = len(slugs) == len(rankwise.catalog.names(shelf))
+        found[f"composes with {shelf}s"] = "all" if every else ", ".join(slugs) or "none"
+    return found
+
+
 def readme_table() -> str:
     rows = []
     for shelf in SHELVES:
@@ -63,10 +118,12 @@ def catalog_page() -> str:
             entry = rankwise.catalog.entry(slug)
             facts = {
                 "formula": f"`{entry.formula}`",
+                "roles": roles(entry),
                 "trained numbers per layer": entry.trained,
                 "cost": entry.cost,
                 "merge": entry.merges,
                 "LoRA export": entry.exports,
+                **composes(entry),
                 "when to use it": entry.when,
                 "reference": str(entry.reference),
             }
@@ -75,36 +132,14 @@ def catalog_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-OTHERS = ("start", "step", "perturbation", "schedule", "procedure")
-
-
-def texts(shelf: str) -> list[str]:
-    """Every entry of a shelf with tiny arguments, and its variants."""
-    entries = [rankwise.catalog.entry(slug) for slug in rankwise.catalog.names(shelf)]
-    return [text for entry in entries for text in (entry.small, *entry.variants)]
-
-
-def short(text: str) -> str:
-    """The recipe's text without the sizes that only make it fit the small model."""
-    entry = rankwise.catalog.entry(text.split("(")[0])
-    return entry.slug if text == entry.small else text
-
-
 def compositions_page() -> str:
-    models = {"linear": nn.Sequential(nn.Linear(8, 8)), "conv": nn.Sequential(nn.Conv2d(8, 8, 3))}
     reasons: dict[str, int] = {}
 
     def outcome(row: str, column: str) -> str:
-        layouts = rankwise.compose(row).method.facts.layouts
-        model = models["linear" if "linear" in layouts else "conv"]
-        try:
-            found = rankwise.problems(model, rankwise.compose(row, column), where=["0"])
-        except RecipeError as error:
-            found = list(error.problems)
+        found = refusals(row, column)
         if not found:
             return "yes"
-        numbers = [reasons.setdefault(f"{problem.piece} needs {problem.needs}", len(reasons) + 1) for problem in found]
-        return ", ".join(map(str, dict.fromkeys(numbers)))
+        return ", ".join(str(reasons.setdefault(text, len(reasons) + 1)) for text in dict.fromkeys(found))
 
     parts = [
         "# Compositions",

@@ -12,6 +12,7 @@ from torch import nn
 import rankwise
 from rankwise.core.catalog import Entry
 from rankwise.lab.counters import flops_of
+from rankwise.parameterizations.even_factors import even_factors
 from tests.contract.subjects import One, Subject, statistics_of
 
 M, N, TOKENS = 16, 8, 11
@@ -38,8 +39,9 @@ def value(entry: Entry, formula: str) -> float:
         "sqrt": math.sqrt,
         "log2": math.log2,
         "sum": sum,
+        "even_factors": even_factors,
     }
-    return eval(formula, {"__builtins__": {}}, {**defaults, **entry.tiny, **names})
+    return eval(formula, {"__builtins__": {}, **defaults, **entry.tiny, **names})
 
 
 def flops(model: nn.Module) -> int:

@@ -131,6 +131,10 @@ CASES: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {
     ("lora_dropout", "probability"): ({}, 0.4),
     ("lora_dropout", "rescale"): ({"probability": 0.4}, False),
     ("lora_dropout", "granularity"): ({"probability": 0.4, "kind": "rank"}, "sample"),
+    ("dota", "row_factors"): ({}, ((2, 2, 2), (3, 4, 2), (4, 4, 1))),
+    ("dota", "column_factors"): ({}, ((6, 3, 2), (8, 2, 2), (6, 2, 2))),
+    ("dota", "balanced"): ({}, True),
+    ("lowrank_tales", "factors"): ({}, 3),
 }
 CASES |= {  # parameterizations that multiply the weight
     ("oft", "block"): ({}, 2),

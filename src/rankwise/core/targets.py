@@ -127,6 +127,12 @@ def find_targets(model: nn.Module, where: Where, exclude: Iterable[str] = ()) ->
         TargetError: nothing matches, a name matches nothing, or a match cannot be adapted.
     """
     modules = {name: module for name, module in model.named_modules() if ".adapter." not in f".{name}."}
+    looped = [name for name, module in modules.items() if hasattr(type(module), "_rankwise_looped")]
+    if looped:
+        raise TargetError(
+            f"{shorten(looped)} share their weights with other depths (relaxed_recursive), so an adapter here would act, or be "
+            "merged, at all of them; call unroll_() first"
+        )
     if isinstance(where, str) and where in _GROUPS:
         return _whole_group(model, modules, where, tuple(exclude))
     if callable(where):
