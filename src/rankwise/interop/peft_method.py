@@ -198,8 +198,8 @@ def convolution_trouble(layout: ConvLayout, troubles: frozenset[str] = LOW_RANK_
         "padding mode": layout.padding_mode != "zeros"
         and f"padding mode {layout.padding_mode!r}, which PEFT leaves out of the update",
         "uneven": (isinstance(layout.padding, str) or len(strides) > 1 or len(paddings) > 1 or len(set(layout.kernel)) > 1)
-        and f"kernel {layout.kernel}, stride {layout.stride} and padding {layout.padding}, of which PEFT takes the first number",
+        and f"kernel {layout.kernel}, stride {layout.stride}, padding {layout.padding}, of which PEFT reads the first number",
         "kernel": math.prod(layout.kernel) > 1
-        and f"a kernel {layout.kernel}, whose overlapping patches PEFT rotates one by one and adds up, but merges as one weight",
+        and f"a kernel {layout.kernel}, whose overlapping patches PEFT rotates and adds up, but merges as one weight",
     }
     return next((text for trouble, text in found.items() if trouble in troubles and text), None)

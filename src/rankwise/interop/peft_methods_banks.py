@@ -149,8 +149,8 @@ def _read_vblora(site: PeftSite) -> Filling:
         ids, weights = (site.parts[f"vblora_logits_{letter}_topk_{part}"] for part in ("indices", "weights"))
         if weights.shape[-1] != top - 1 or not bool((ids.long() >= 0).all() and (ids.long() < count).all()):
             raise CheckpointError(
-                f"{site.folder}: {site.name} chooses vectors {int(ids.min())} to {int(ids.max())} with {weights.shape[-1]} stored "
-                f"weights each; the config has {count} vectors and topk {top}, which stores {top - 1}"
+                f"{site.folder}: {site.name} chooses vectors {int(ids.min())} to {int(ids.max())} with "
+                f"{weights.shape[-1]} stored weights each; the config has {count} vectors and topk {top}, so {top - 1} weights"
             )
         tensors[f"logits_{letter}"] = logits_of(ids.long(), weights.float(), count)
     return Filling(arguments, tensors, _compact)

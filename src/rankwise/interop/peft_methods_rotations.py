@@ -55,8 +55,8 @@ def _oft(fields: Fields, **arguments: Any) -> Recipe:
     if series and (version is None or (int(version[1]), int(version[2])) < (0, 18)):
         said = f"peft {version[0]}" if version else "a peft that did not note its version (before 0.18)"
         warnings.warn(
-            f"this OFT adapter was trained by {said} with the truncated series, which 0.18 changed; it is read as the series of "
-            "0.18 and later, as peft itself does, so that its rotations are a little other than in training",
+            f"this OFT adapter was trained by {said} with the truncated series, which 0.18 changed; it is read as the "
+            "series of 0.18 and later, as peft itself does, so that its rotations are a little other than in training",
             stacklevel=2,
         )
     constrain = float(fields.at("eps")) if fields.at("coft") else None
@@ -145,8 +145,8 @@ def _read_ia3(site: PeftSite) -> Filling:
         )
     if len(fits) > 1 and stated is None:
         raise CheckpointError(
-            f"{site.folder}: ia3_l {tuple(gain.shape)} of {site.name} may scale its inputs or its outputs, and the config has no "
-            "feedforward_modules to tell; add that list of the layers with scaled inputs"
+            f"{site.folder}: ia3_l {tuple(gain.shape)} of {site.name} may scale its inputs or its outputs, and the config "
+            "has no feedforward_modules to tell; add that list of the layers with scaled inputs"
         )
     if stated is not None and stated not in fits:
         raise CheckpointError(

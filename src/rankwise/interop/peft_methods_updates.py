@@ -162,8 +162,8 @@ def _read_delora(site: PeftSite) -> Filling:
     apart = float((norms.double() - here).norm() / here.norm().clamp_min(torch.finfo(torch.float64).tiny))
     if apart > 0.01 and "delora_w_norm" not in site.fields.ignored:
         raise FingerprintError(
-            f"{site.folder}: {site.name} was trained on columns of other norms than this model's (relative difference {apart:.2g}), "
-            "so on another base; load that one, or pass ignore=['delora_w_norm'] to keep the file's norms here"
+            f"{site.folder}: {site.name} was trained on columns of other norms than this model's (they differ by {apart:.2g} "
+            "of their size), so on another base; load that one, or pass ignore=['delora_w_norm'] to keep the file's norms here"
         )
     tensors = {"A": site.parts["delora_A"], "B": site.parts["delora_B"], "strength": site.parts["delora_lambda"]}
     return Filling({"rank": site.letters["r"]}, {**tensors, "column_norms": norms})
