@@ -64,7 +64,7 @@ def _check_types(path: Path, config: Mapping[str, Any], method: PeftMethod) -> N
         values = [] if config.get(name) is None else [config[name]]
         if pattern in method.understood and config.get(pattern):
             values += _values(path, config, pattern)
-            name = f"{name} and {pattern}"
+            name = f"{name} or {pattern}"
         kind = "true or false" if isinstance(default, bool) else "whole numbers" if isinstance(default, int) else "numbers"
         least = 1 if kind == "whole numbers" and default > 0 and name not in MAY_BE_ZERO else None
         if isinstance(default, str):
@@ -77,7 +77,7 @@ def _check_types(path: Path, config: Mapping[str, Any], method: PeftMethod) -> N
             fits = [fit and (least is None or value >= least) for fit, value in zip(fits, values, strict=True)]
         if not all(fits):
             least_said = f" from {least} on" if least else ""
-            raise CheckpointError(f"{path}: {name} hold {shorten([repr(v) for v in values])}, not {kind}{least_said}")
+            raise CheckpointError(f"{path}: {name} is {shorten([repr(v) for v in values])}, and takes {kind}{least_said}")
 
 
 def _values(path: Path, config: Mapping[str, Any], key: str) -> list[Any]:

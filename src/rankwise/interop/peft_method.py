@@ -190,16 +190,22 @@ def convolution_trouble(layout: ConvLayout, troubles: frozenset[str] = LOW_RANK_
 
     For LoRA it runs A without the layer's dilation and padding mode, and with groups lets every group see all channels.
     """
-    strides, paddings = set(layout.stride), set(layout.padding)
+    kernel, stride, padding = layout.kernel, layout.stride, layout.padding
+    uneven = isinstance(padding, str) or max(len(set(kernel)), len(set(stride)), len(set(padding))) > 1
     found = {
-        "groups": layout.groups > 1 and f"{layout.groups} groups, whose factors PEFT shapes differently",
-        "dilation": any(step != 1 for step in layout.dilation)
-        and f"dilation {layout.dilation}, which PEFT leaves out of the update",
-        "padding mode": layout.padding_mode != "zeros"
-        and f"padding mode {layout.padding_mode!r}, which PEFT leaves out of the update",
-        "uneven": (isinstance(layout.padding, str) or len(strides) > 1 or len(paddings) > 1 or len(set(layout.kernel)) > 1)
-        and f"kernel {layout.kernel}, stride {layout.stride}, padding {layout.padding}, of which PEFT reads the first number",
-        "kernel": math.prod(layout.kernel) > 1
-        and f"a kernel {layout.kernel}, whose overlapping patches PEFT rotates and adds up, but merges as one weight",
+        "groups": (layout.groups > 1, f"{layout.groups} groups, whose factors PEFT shapes differently"),
+        "dilation": (
+            any(step != 1 for step in layout.dilation),
+            f"dilation {layout.dilation}, which PEFT leaves out of the update",
+        ),
+        "padding mode": (
+            layout.padding_mode != "zeros",
+            f"padding mode {layout.padding_mode!r}, which PEFT leaves out of the update",
+        ),
+        "uneven": (uneven, f"kernel {kernel}, stride {stride}, padding {padding}, of which PEFT reads the first number"),
+        "kernel": (
+            math.prod(kernel) > 1,
+            f"a kernel {kernel}, whose overlapping patches PEFT rotates and adds up, but merges as one weight",
+        ),
     }
-    return next((text for trouble, text in found.items() if trouble in troubles and text), None)
+    return next((text for trouble, (has, text) in found.items() if has and trouble in troubles), None)

@@ -115,16 +115,21 @@ LOKR = PeftMethod(
 
 # -- HiRA, GraLoRA, DeLoRA: factors of low rank --------------------------------------------------------------------------------
 
+
+def _read_hira(site: PeftSite) -> Filling:
+    rank = site.letters["r"]
+    if rank not in (site.at("r"), site.fields.at("r")):  # peft 0.21 stores rank_pattern, and makes all layers of rank r
+        raise site.contradiction("rank", rank, site.at("r"))
+    return Filling({"rank": rank}, {"A": site.parts["hira_A"].flatten(1), "B": site.parts["hira_B"].flatten(1)})
+
+
 HIRA = PeftMethod(
     parts={"hira_A": "hira_A", "hira_B": "hira_B", "hira_embedding_A": "hira_A", "hira_embedding_B": "hira_B"},
     forms=lambda fields: [{"hira_A": "r n*", "hira_B": "m r*"}],
     defaults={"r": 32},
     understood=frozenset({"rank_pattern", "init_weights"}),
-    stated={"r": "r"},
     training={"hira_dropout": "dropout of inputs, which hira has none of here"},
-    read=lambda site: Filling(
-        {"rank": site.letters["r"]}, {"A": site.parts["hira_A"].flatten(1), "B": site.parts["hira_B"].flatten(1)}
-    ),
+    read=_read_hira,
     recipe=lambda fields, **arguments: catalog.hira(**arguments),
     layouts=frozenset({"linear", "conv", "embedding"}),
     convolutions=frozenset({"groups", "padding mode"}),
@@ -219,7 +224,10 @@ def _read_shira(site: PeftSite) -> Filling:
     (m, n), count = (site.target.m, site.target.n), site.letters["K"]
     rank = int(site.at("r"))
     if count != rank * (m + n):
-        raise site.contradiction("a number of entries", count, f"{rank * (m + n)}, r = {rank} times {m} + {n},")
+        raise CheckpointError(
+            f"{site.folder}: shira_weight of {site.name} has {count} entries, and r = {rank} of the config makes r · (m + n) = "
+            f"{rank * (m + n)} on this layer, {m}×{n}; the two files belong to different adapters, or to another base"
+        )
     rows, columns = site.parts["shira_indices"].long()
     flat, order = (rows * n + columns).sort()  # row by row, as ours are kept
     inside = bool(((rows >= 0) & (rows < m) & (columns >= 0) & (columns < n)).all())
