@@ -283,7 +283,7 @@ def lora_folder(folder: Path, layers: int = 2, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        ({"peft_type": "BONE"}, "peft_type 'BONE'; rankwise reads LORA, .*rename the keys bone_block"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
@@ -294,7 +294,7 @@ def lora_folder(folder: Path, layers: int = 2, **changes: Any) -> Path:
         ({"r": 4}, "rank 2 in adapter_model.safetensors and rank 4 in adapter_config.json"),
         ({"rank_pattern": {"q_proj": 3}}, "rank 2 .* and rank 3"),
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
-        ({"lora_alpha": "two"}, "not numbers"),
+        ({"lora_alpha": "two"}, "lora_alpha is 'two', and takes numbers"),
         ({"target_modules": ["q_proj", "k_proj"]}, "names 4 layers .* tensors for 2"),
     ],
 )

@@ -42,8 +42,10 @@ def compose(*parts: Recipe | str, name: str | None = None, **pieces: Piece) -> R
     if fields["parameterization"] is None:
         fields["parameterization"] = _parse("lora")[0].parameterization
     ranks = {site: rank for recipe in recipes for site, rank in recipe.ranks.items()}
+    deciding = [recipe for recipe in recipes if recipe.parameterization == fields["parameterization"]]
+    overrides = {site: arguments for recipe in deciding for site, arguments in recipe.overrides.items()}
     joined = name or " + ".join(recipe.name for recipe in recipes) or str(fields["parameterization"])
-    return Recipe(name=joined, step=steps, own=own, ranks=ranks, **fields)  # type: ignore[arg-type]
+    return Recipe(name=joined, step=steps, own=own, ranks=ranks, overrides=overrides, **fields)  # type: ignore[arg-type]
 
 
 def _decide(shelf: str, recipes: list[Recipe], pieces: dict[str, Piece]) -> Piece | None:

@@ -30,6 +30,7 @@ class Recipe:
         step: a chain of pieces.
         own: fields the named method decides itself, for `compose`.
         ranks: site name -> rank, where it differs from the parameterization's.
+        overrides: site name -> other arguments of the parameterization that differ there.
     """
 
     name: str
@@ -41,6 +42,11 @@ class Recipe:
     procedure: Piece | None = None
     own: frozenset[str] = frozenset()
     ranks: Mapping[str, int] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for arguments in self.overrides.values():
+            Piece(self.parameterization.shelf, self.parameterization.name, arguments)  # refuses unknown ones
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -59,8 +65,8 @@ class Recipe:
         return self.parameterization.factory  # type: ignore[return-value]
 
     def arguments_at(self, site: str) -> dict[str, Any]:
-        """The parameterization's arguments at one site, with its own rank where `ranks` names it."""
-        arguments = dict(self.parameterization.arguments)
+        """The parameterization's arguments at one site, with its own where `overrides` or `ranks` names it."""
+        arguments = {**self.parameterization.arguments, **self.overrides.get(site, {})}
         if site in self.ranks:
             arguments["rank"] = self.ranks[site]
         return arguments
@@ -76,6 +82,8 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping, versioned."""
         data: dict[str, Any] = {"format": FORMAT, "name": self.name, "own": sorted(self.own), "ranks": dict(self.ranks)}
+        if self.overrides:
+            data["overrides"] = {site: dict(arguments) for site, arguments in self.overrides.items()}
         for shelf in SHELVES:
             value = getattr(self, shelf)
             if shelf == "step":
@@ -108,6 +116,7 @@ class Recipe:
             step=tuple(Piece.from_json(step) for step in data.get("step", ())),
             own=frozenset(data.get("own", ())),
             ranks={str(key): int(value) for key, value in dict(data.get("ranks", {})).items()},
+            overrides={str(key): dict(value) for key, value in dict(data.get("overrides", {})).items()},
             **pieces,  # type: ignore[arg-type]
         )
 

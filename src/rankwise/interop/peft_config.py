@@ -9,97 +9,75 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.errors import CheckpointError, shorten
+from rankwise.interop.peft_method import PATTERNS, Fields, PeftMethod
+from rankwise.interop.peft_methods import METHODS, OTHERWISE, WAYS_OUT
 
-# Fields that change what the tensors mean; anything but an empty value is refused.
-CHANGES_MATHS = {
-    "LORA": {
-        "lora_bias": "a trained bias beside B",
-        "layer_replication": "layers repeated in the model",
-        "trainable_token_indices": "replaced rows of the embedding",
-        "target_parameters": "parameters adapted without their layer (fused experts)",
-        "use_qalora": "pooled inputs",
-        "velora_config": "compressed activations",
-        "alora_invocation_tokens": "an update that acts only after certain tokens",
-        "monteclora_config": "a sampled update",
-        "use_bdlora": "block-diagonal factors",
-        "arrow_config": "routing between adapters",
-        "kasa_config": "a changed base and a diagonal between the factors",
-        "megatron_config": "layers split over devices",
-        "ensure_weight_tying": "factors shared between tied layers",
-    },
-    "VERA": {},
-}
 WITHOUT_EFFECT_HERE = {
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
-    *(
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-        "bias",
-        "fan_in_fan_out",
-    ),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
+    "fan_in_fan_out",
 }
-UNDERSTOOD = {
-    "LORA": {
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
-        *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        "runtime_config",
-    },
-    "VERA": {"r", "d_initial", "vera_dropout", "projection_prng_key", "save_projection", "init_weights"},
-}
-KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights that leave W alone
+MAY_BE_ZERO = {"boft_block_size", "oft_block_size"}  # beside those whose default is 0
 
 
-def check_config(path: Path, config: Mapping[str, Any], ignore: frozenset[str]) -> str:
-    """The peft_type of a config, once every field of it is known to be reproduced here.
+def check_config(path: Path, config: Mapping[str, Any], ignore: frozenset[str], *, trainable: bool = True) -> PeftMethod:
+    """The method of a config, once every field of it is known to be reproduced here.
 
     Raises:
         CheckpointError: another method, a field that changes the maths, or a value of the wrong type.
     """
     kind = config.get("peft_type")
-    if kind not in UNDERSTOOD:
+    if kind not in METHODS:
         raise CheckpointError(
-            f"{path} is of peft_type {kind!r}; rankwise reads {' and '.join(UNDERSTOOD)}. If it is of low rank, "
-            "convert it to LORA with peft (save_as_lora) first"
+            f"{path} is of peft_type {kind!r}; rankwise reads {', '.join(METHODS)}. {WAYS_OUT.get(str(kind), OTHERWISE)}"
         )
-    problems = []
+    method = METHODS[kind]
+    fields = Fields(config, method.defaults, ignore, trainable)
+    _check_types(path, config, method)
+    problems = [text for name, text in method.problems(fields) if name not in ignore]
     for key, value in config.items():
-        if key in ignore or key in WITHOUT_EFFECT_HERE or key in UNDERSTOOD[kind]:
+        if key in ignore or key in WITHOUT_EFFECT_HERE or key in method.understood or not value:
             continue
-        if key in CHANGES_MATHS[kind]:
-            if value:
-                problems.append(f"{key}={value!r} ({CHANGES_MATHS[kind][key]})")
-        elif value:
+        if key in method.refused:
+            problems.append(f"{key}={value!r} ({method.refused[key]})")
+        elif key in method.training:
+            if trainable:
+                problems.append(
+                    f"{key}={value!r} ({method.training[key]}; in training alone, so pass trainable=False to use it as it is)"
+                )
+        elif key not in method.defaults:
             problems.append(f"{key}={value!r} (a field that this rankwise does not know)")
-    if config.get("bias", "none") != "none" and "bias" not in ignore:
+    if config.get("bias") not in (None, "none") and "bias" not in ignore:
         problems.append(f"bias={config['bias']!r} (trained biases of the base)")
-    start = config.get("init_lora_weights", True)
-    if start not in KEEPS_BASE and "init_lora_weights" not in ignore:
-        problems.append(
-            f"init_lora_weights={start!r} (the adapter belongs to a base that this start has changed; save it with "
-            "path_initial_model_for_weight_conversion, which writes it for the untouched base)"
-        )
     if problems:
         raise CheckpointError(
             f"{path} asks for what rankwise cannot reproduce: {'; '.join(problems)}. If you know that a "
             "field has no effect on this adapter, pass its name in ignore="
         )
-    _check_types(path, config, kind)
-    return str(kind)
+    return method
 
 
-def _check_types(path: Path, config: Mapping[str, Any], kind: str) -> None:
-    ranks = [config.get("r", 8), *_values(path, config, "rank_pattern")]
-    if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 for rank in ranks):
-        raise CheckpointError(
-            f"{path}: r and rank_pattern hold {shorten([str(rank) for rank in ranks])}; ranks are whole numbers"
-        )
-    if kind == "LORA":
-        alphas = [config.get("lora_alpha", 8), *_values(path, config, "alpha_pattern")]
-        if any(not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) for alpha in alphas):
-            raise CheckpointError(f"{path}: lora_alpha and alpha_pattern hold {shorten([str(a) for a in alphas])}, not numbers")
+def _check_types(path: Path, config: Mapping[str, Any], method: PeftMethod) -> None:
+    """Values of the type of their default; numbers finite, ranks and sizes whole and positive."""
+    for name, default in method.defaults.items():
+        pattern = PATTERNS.get(name)
+        values = [] if config.get(name) is None else [config[name]]
+        if pattern in method.understood and config.get(pattern):
+            values += _values(path, config, pattern)
+            name = f"{name} or {pattern}"
+        kind = "true or false" if isinstance(default, bool) else "whole numbers" if isinstance(default, int) else "numbers"
+        least = 1 if kind == "whole numbers" and default > 0 and name not in MAY_BE_ZERO else None
+        if isinstance(default, str):
+            kind, fits = "texts", [isinstance(value, str) for value in values]
+        elif isinstance(default, bool):
+            fits = [isinstance(value, bool) for value in values]
+        else:
+            types = int if kind == "whole numbers" else int | float
+            fits = [isinstance(v, types) and not isinstance(v, bool) and math.isfinite(v) for v in values]
+            fits = [fit and (least is None or value >= least) for fit, value in zip(fits, values, strict=True)]
+        if not all(fits):
+            least_said = f" from {least} on" if least else ""
+            raise CheckpointError(f"{path}: {name} is {shorten([repr(v) for v in values])}, and takes {kind}{least_said}")
 
 
 def _values(path: Path, config: Mapping[str, Any], key: str) -> list[Any]:
@@ -114,14 +92,6 @@ def _values(path: Path, config: Mapping[str, Any], key: str) -> list[Any]:
                 f"{path}: {key} has the pattern {pattern!r}, which is no regular expression ({error})"
             ) from error
     return list(patterns.values())
-
-
-def at_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of a layer's path at a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", site):
-            return value
-    return default
 
 
 def chosen_layers(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -26,7 +26,7 @@ from rankwise.core.layouts import ConvLayout, LinearLayout
 from rankwise.core.operators import LowRank
 from rankwise.core.queries import svd
 from rankwise.interop.peft_files import FINGERPRINT, PREFIX, PeftAdapter, pad, put_factors, write
-from rankwise.interop.peft_import import convolution_trouble
+from rankwise.interop.peft_method import convolution_trouble
 from rankwise.interop.peft_native import native_form
 
 EXACT = 1e-5  # relative error allowed for rounding to float32 and back

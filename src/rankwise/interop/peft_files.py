@@ -9,6 +9,8 @@ and modules trained whole keep their plain key. Per layer, m = outputs and n = i
     VERA    vera_lambda_b (m), vera_lambda_d (r); shared vera_A (r, widest n), vera_B (widest m, r)
                                                                              update diag(b) B[:m] diag(d) A[:, :n]
 
+The other types are listed in `peft_methods`, with the shapes of their tensors in letters (see `peft_method`).
+
 A key nobody knows, a missing half, a size that contradicts the config, or a field that changes the maths in a way that is not
 supported here is an error. Weights are read from safetensors only; nothing is ever unpickled.
 """
@@ -16,13 +18,13 @@ supported here is an error. Weights are read from safetensors only; nothing is e
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,24 +35,16 @@ from rankwise.core.errors import CheckpointError, shorten
 from rankwise.core.layouts import ConvLayout
 from rankwise.core.operators import LowRank
 from rankwise.core.targets import Target
-from rankwise.interop.peft_config import at_pattern, check_config
+from rankwise.interop.peft_config import check_config
+from rankwise.interop.peft_method import Fields, PeftMethod, contradiction, letters_of
+from rankwise.interop.peft_methods import METHODS
+from rankwise.parameterizations.lora import scale_of
 
 CONFIG_NAME, TENSORS_NAME, PICKLED_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 FINGERPRINT = "rankwise_fingerprint"  # in the metadata of the tensor file: site -> hash of the base's weight
 
-PARTS = {
-    "LORA": {
-        "lora_A.weight": "A",
-        "lora_B.weight": "B",
-        "lora_embedding_A": "A",
-        "lora_embedding_B": "B",
-        "lora_magnitude_vector": "magnitude",
-        "base_layer.weight": "base",  # PEFT adds the whole table when an embedding or the head is adapted
-    },
-    "VERA": {"vera_lambda_b": "b", "vera_lambda_d": "d", "base_layer.weight": "base"},
-}
-SHARED = {"LORA": {}, "VERA": {"base_model.vera_A": "A", "base_model.vera_B": "B"}}
+BASE = "base_layer.weight"  # PEFT adds the whole table when an embedding or the head is adapted
 
 
 @dataclass(frozen=True)
@@ -61,33 +55,38 @@ class PeftAdapter:
         folder: where it was read.
         config: the fields of adapter_config.json.
         kind: its peft_type.
-        sites: layer -> part ("A", "B", "magnitude", "b", "d", "base") -> tensor.
+        sites: layer -> part (for LORA "A", "B", "magnitude"; "base" for a base weight) -> tensor.
+        letters: layer -> letter of the shapes -> size.
         shared: part -> tensor of all layers.
         whole: name of a parameter of the model -> tensor that replaces it.
         metadata: of the tensor file.
+        fields: the config with the defaults of the type.
     """
 
     folder: Path
     config: Mapping[str, Any]
     kind: str
     sites: Mapping[str, Mapping[str, Tensor]]
+    letters: Mapping[str, Mapping[str, int]]
     shared: Mapping[str, Tensor]
     whole: Mapping[str, Tensor]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str]
+    fields: Fields
+
+    @property
+    def method(self) -> PeftMethod:
+        """The entry of its type."""
+        return METHODS[self.kind]
 
     @property
     def magnitudes(self) -> bool:
         """Whether it is DoRA."""
-        return bool(self.config.get("use_dora"))
-
-    def rank_at(self, site: str) -> int:
-        """The rank that the config states for a layer."""
-        return int(at_pattern(self.config.get("rank_pattern"), site, self.config.get("r", {"LORA": 8, "VERA": 256}[self.kind])))
+        return self.kind == "LORA" and bool(self.fields.at("use_dora"))
 
     def scale_at(self, site: str) -> float:
-        """The scale s of a layer."""
-        alpha = float(at_pattern(self.config.get("alpha_pattern"), site, self.config.get("lora_alpha", 8)))
-        return alpha / (math.sqrt(self.rank_at(site)) if self.config.get("use_rslora") else self.rank_at(site))
+        """The scale s of a layer of kind LORA."""
+        policy = "rslora" if self.fields.at("use_rslora") else "lora"
+        return scale_of(policy, float(self.fields.at("lora_alpha", site)), int(self.fields.at("r", site)))
 
     def factors(self, site: str) -> LowRank:
         """The update s · B A of a layer of kind LORA, scale folded into B; for DoRA, the part inside the norm."""
@@ -102,21 +101,22 @@ def read_peft(directory: str | Path) -> dict[str, LowRank]:
         directory: a folder with adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        CheckpointError: damaged files, or an adapter whose update cannot be told without its base (DoRA, VeRA).
+        CheckpointError: damaged files, or an adapter whose update cannot be told without its base (DoRA, every other type).
     """
     adapter = read(Path(directory))
     if adapter.kind != "LORA" or adapter.magnitudes:
-        what = "DoRA rescales the rows of the base" if adapter.magnitudes else "VeRA slices shared factors to the layers' sizes"
+        what = "DoRA rescales the rows of the base" if adapter.magnitudes else f"it is of peft_type {adapter.kind}, not LORA"
         raise CheckpointError(f"{directory}: {what}, so its update cannot be read without the model; use from_peft(model, …)")
     return {site: adapter.factors(site) for site in adapter.sites}
 
 
-def read(folder: Path, *, ignore: Sequence[str] = ()) -> PeftAdapter:
+def read(folder: Path, *, ignore: Sequence[str] = (), trainable: bool = False) -> PeftAdapter:
     """Reads and checks a folder.
 
     Args:
         folder: with the two files.
         ignore: fields of the config that the caller takes responsibility for.
+        trainable: whether fields that act in training alone matter too.
 
     Raises:
         CheckpointError: missing, damaged or contradicting files, or an adapter of a kind that is not supported.
@@ -136,10 +136,13 @@ def read(folder: Path, *, ignore: Sequence[str] = ()) -> PeftAdapter:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not the fields of an adapter")
-    kind = check_config(path, config, frozenset(ignore))
-    adapter = _sort(folder, config, kind, read_tensors(tensors_path), _metadata(tensors_path))
-    _check_sizes(adapter)
-    return adapter
+    method = check_config(path, config, frozenset(ignore), trainable=trainable)
+    fields = Fields(config, method.defaults, frozenset(ignore), trainable)
+    sites, shared, whole = _sorted(folder, config, method, read_tensors(tensors_path))
+    _unite(folder, method, sites, shared)
+    letters = {site: _letters(folder, site, parts, method, fields) for site, parts in sites.items()}
+    kind, metadata = str(config["peft_type"]), _metadata(tensors_path)
+    return PeftAdapter(folder, config, kind, sites, letters, shared, whole, metadata, fields)
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -150,35 +153,38 @@ def _metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error})") from error
 
 
-def _sort(
-    folder: Path, config: Mapping[str, Any], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> PeftAdapter:
-    """Gives every tensor its place."""
-    sites: dict[str, dict[str, Tensor]] = {}
-    shared: dict[str, Tensor] = {}
-    whole: dict[str, Tensor] = {}
+Sites = dict[str, dict[str, Tensor]]
+Tensors = dict[str, Tensor]
+
+
+def _sorted(
+    folder: Path, config: Mapping[str, Any], method: PeftMethod, tensors: Mapping[str, Tensor]
+) -> tuple[Sites, Tensors, Tensors]:
+    """Gives every tensor its place: of a layer, of all layers, or of a module trained whole."""
+    sites, shared, whole = Sites(), Tensors(), Tensors()
     unknown: list[str] = []
+    parts = {**method.parts, BASE: "base"}
     for key, tensor in tensors.items():
         path = key.removeprefix(PREFIX)
-        ending = next((name for name in PARTS[kind] if path.endswith(f".{name}")), None)
-        if key in SHARED[kind]:
-            shared[SHARED[kind][key]] = tensor
+        ending = next((name for name in parts if path.endswith(f".{name}")), None)
+        if key in method.shared:
+            shared[method.shared[key]] = tensor
         elif path == key:
             unknown.append(key)
         elif ending is not None:
-            sites.setdefault(path.removesuffix(f".{ending}"), {})[PARTS[kind][ending]] = tensor
+            sites.setdefault(path.removesuffix(f".{ending}"), {})[parts[ending]] = tensor
         elif _is_whole(path, config.get("modules_to_save") or ()):
             whole[path] = tensor
         else:
             unknown.append(key)
     if unknown:
         raise CheckpointError(
-            f"{folder}: {len(unknown)} of {len(tensors)} tensors belong to nothing that a {kind} adapter has "
+            f"{folder}: {len(unknown)} of {len(tensors)} tensors belong to nothing that a {config['peft_type']} adapter has "
             f"({shorten(sorted(unknown))})"
         )
     if not sites:
         raise CheckpointError(f"{folder} holds {len(tensors)} tensors, none of which adapts a layer")
-    return PeftAdapter(folder, config, kind, sites, shared, whole, metadata)
+    return sites, shared, whole
 
 
 def _is_whole(path: str, modules: Iterable[str]) -> bool:
@@ -186,32 +192,36 @@ def _is_whole(path: str, modules: Iterable[str]) -> bool:
     return any(f".{module}." in f".{owner}." for module in modules)
 
 
-def _check_sizes(adapter: PeftAdapter) -> None:
-    needed = {"A", "B"} | ({"magnitude"} if adapter.magnitudes else set()) if adapter.kind == "LORA" else {"b", "d"}
-    for site, parts in adapter.sites.items():
-        have = set(parts) - {"base"}
-        if have != needed:
-            raise CheckpointError(
-                f"{adapter.folder}: {site} has {', '.join(sorted(have)) or 'nothing'} and needs {', '.join(sorted(needed))}"
-            )
-        rank = adapter.rank_at(site)
-        if adapter.kind == "LORA":
-            B, A = parts["B"], parts["A"]
-            if B.dim() < 2 or A.dim() < 2 or B.shape[1] != A.shape[0]:
+def _unite(folder: Path, method: PeftMethod, sites: Sites, shared: Tensors) -> None:
+    """Copies of a shared tensor beside the layers: all must be equal, and one is kept."""
+    for part, name in method.repeated.items():
+        copies = {site: parts.pop(part) for site, parts in sites.items() if part in parts}
+        for site, copy in copies.items():
+            if not torch.equal(copy, shared.setdefault(name, copy)):
                 raise CheckpointError(
-                    f"{adapter.folder}: {site} has B {tuple(B.shape)} and A {tuple(A.shape)}, which do not fit"
+                    f"{folder}: {part} of {site} is not the {part} of the other layers, which all share one; the file was "
+                    "put together from several adapters"
                 )
-            found = A.shape[0]
-            if adapter.magnitudes and parts["magnitude"].numel() != B.shape[0]:
-                sizes = f"{parts['magnitude'].numel()} magnitudes for {B.shape[0]} outputs"
-                raise CheckpointError(f"{adapter.folder}: {site} has {sizes}")
-        else:
-            found = parts["d"].numel()
-        if found != rank:
-            raise CheckpointError(
-                f"{adapter.folder}: {site} has rank {found} in {TENSORS_NAME} and rank {rank} in {CONFIG_NAME}; one of the two "
-                "files belongs to another adapter"
-            )
+
+
+def _letters(folder: Path, site: str, parts: Mapping[str, Tensor], method: PeftMethod, fields: Fields) -> dict[str, int]:
+    """The sizes that the tensors of a layer tell, checked against each other and against the config."""
+    forms, have = method.forms(fields), set(parts) - {"base"}
+    known = set(method.parts.values())
+    fitting = [form for form in forms if set(form) == have]
+    if not fitting:
+        needs = "; or ".join(", ".join(sorted(form)) for form in forms)
+        raise CheckpointError(f"{folder}: {site} has {', '.join(sorted(have & known)) or 'nothing'} and needs {needs}")
+    found = [letters_of(parts, form) for form in fitting]
+    letters = next((letters for letters in found if isinstance(letters, dict)), None)
+    if letters is None:
+        raise CheckpointError(f"{folder}: {site}: {found[0]}")
+    for letter, name in method.stated.items():
+        stated = fields.at(name, site)
+        if letter in letters and stated and letters[letter] != stated:
+            what = "rank" if name == "r" else name
+            raise CheckpointError(contradiction(folder, site, what, letters[letter], stated))
+    return letters
 
 
 def write(

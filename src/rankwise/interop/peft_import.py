@@ -1,34 +1,35 @@
 """`from_peft`: a PEFT adapter onto a model, as a rankwise adapter that trains, merges and saves like any other.
 
-LORA becomes `lora` or `rslora`, with use_dora `dora`, and VERA `vera`. Patterns of rank become `Recipe.ranks`; a scale that
-the recipe cannot state (alpha_pattern) is folded into B, which leaves the update as it is. Everything is checked before the
-model is touched.
+Every adapter type of `peft_methods` becomes the catalog's method: LORA `lora`, `rslora` or, with use_dora, `dora`; VERA
+`vera`; LOHA `loha`; MISS `bone`; ADALORA `gated_lora` with the directions that are left; the others the method of their name.
+What differs between layers becomes `Recipe.ranks` and `Recipe.overrides`; LoRA's alpha_pattern is folded into B, which leaves
+the update as it is. A start is never run again, and nothing is read off the weight that the file has. Everything is checked
+before the model is touched; shapes that only the built layers tell are checked before the first tensor is filled, and the
+adapter is taken off again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise import catalog
-from rankwise.core.adapt import adapt_
+from rankwise.core.adapt import build_
 from rankwise.core.errors import CheckpointError, FingerprintError, shorten
 from rankwise.core.fingerprint import check_fingerprint
 from rankwise.core.handle import Handle
-from rankwise.core.layouts import ConvLayout, LinearLayout
-from rankwise.core.operators import LowRank
-from rankwise.core.queries import svd
+from rankwise.core.layouts import ConvLayout
 from rankwise.core.recipe import Recipe
 from rankwise.core.targets import Target, dequantize, target_of
-from rankwise.interop.peft_config import at_pattern, chosen_layers
+from rankwise.interop.peft_config import chosen_layers
 from rankwise.interop.peft_files import FINGERPRINT, PeftAdapter, read
+from rankwise.interop.peft_method import Filling, PeftSite, convolution_trouble
 
 
 def from_peft(
@@ -48,28 +49,42 @@ def from_peft(
         model: the plain base model, not wrapped by peft.
         directory: with adapter_config.json and adapter_model.safetensors.
         name: for the adapter here.
-        trainable: whether its trained tensors require gradients, for going on training.
+        trainable: whether its trained tensors require gradients, for going on training. False also accepts what only
+            training would miss: dropouts of a kind that the method has none of here, VB-LoRA's compact form.
         any_base: whether any base with the right layers will do, since PEFT's files do not say which weights they belong to.
             False compares the fingerprint that `to_peft` leaves, else the base's name, and refuses where neither is there.
-        ignore: fields of the config that you know to be without effect on this adapter.
+        ignore: fields of the config that you know to be without effect on this adapter, and "delora_w_norm" for a DeLoRA whose
+            stored norms are to stand although this base has others.
         seed: of dropout masks.
         binding: as for `adapt_`.
 
     Raises:
         CheckpointError: damaged files, tensors or layers that do not fit, or a method that is not supported.
+        RecipeError: a layer of this model cannot take the file's sizes.
         FingerprintError: another base.
     """
-    adapter = read(Path(directory), ignore=ignore)
+    adapter = read(Path(directory), ignore=ignore, trainable=trainable)
     targets = _targets(model, adapter)
     owners = _check_whole(model, adapter)
-    parts = {site: _parts(adapter, site, target) for site, target in targets.items()}
-    shared = _shared(adapter, targets)
-    recipe = _recipe(adapter, {site: _rank(part) for site, part in parts.items()})
-    handle = adapt_(model, recipe, lambda site, _: site in targets, name=name, seed=seed, train_also=owners, binding=binding)
+    fillings = {site: _filling(adapter, site, target) for site, target in targets.items()}
+    method, folder = adapter.method, adapter.folder
+    shared = method.bank(folder, adapter.fields, adapter.shared, targets) if method.bank else {}
+    described = {"seed": None, "sizes": {part: list(t.shape) for part, t in shared.items()}, "trained": list(method.trained)}
+    handle = build_(
+        model,
+        _recipe(adapter, fillings),
+        lambda site, _: site in targets,
+        None,
+        name,
+        seed,
+        train_also=owners,
+        binding=binding,
+        stored={"bank": described if shared else None},
+    )
     try:
         if not any_base:
             _check_base(adapter, handle)
-        _fill(handle, parts, shared)
+        _fill(handle, folder, fillings, shared)
         named = dict(model.named_parameters())
         with torch.no_grad():
             for key, tensor in adapter.whole.items():
@@ -128,112 +143,45 @@ def _check_whole(model: nn.Module, adapter: PeftAdapter) -> list[str]:
     return owners
 
 
-def _parts(adapter: PeftAdapter, site: str, target: Target) -> dict[str, Tensor]:
-    """The tensors of one layer in our shapes: A (r, n), B (m, r) with the scale folded in, magnitude (m,); b (m,), d (r,)."""
-    parts = adapter.sites[site]
+def _filling(adapter: PeftAdapter, site: str, target: Target) -> Filling:
+    """What the method makes of one layer, once the layer is one that PEFT adapts in this way."""
+    parts, letters, kind = adapter.sites[site], adapter.letters[site], target.layout.kind
+    method, folder = adapter.method, adapter.folder
     if "base" in parts and not torch.equal(
         parts["base"].to(target.parameter().dtype), dequantize(target.module).detach().cpu()
     ):
         raise CheckpointError(
-            f"{adapter.folder} brings its own weight for {site}, {tuple(parts['base'].shape)}, which is not this model's "
+            f"{folder} brings its own weight for {site}, {tuple(parts['base'].shape)}, which is not this model's "
             f"{tuple(target.parameter().shape)}; resize the model's embeddings as in training and load that weight first"
         )
-    if adapter.kind == "VERA":
-        sizes = (parts["b"].numel(), target.n)
-    else:
-        if isinstance(target.layout, ConvLayout):
-            _check_convolution(adapter.folder, site, target.layout)
-        pair = adapter.factors(site)
-        sizes = pair.shape
-    if sizes != (target.m, target.n):
+    if kind not in method.layouts:
+        known = ", ".join(sorted(method.layouts))
+        raise CheckpointError(f"{folder}: {site} is of kind {kind}; PEFT's {adapter.kind} knows layers of kind {known}")
+    trouble = convolution_trouble(target.layout, method.convolutions) if isinstance(target.layout, ConvLayout) else None
+    if trouble:
         raise CheckpointError(
-            f"{adapter.folder}: {site} is {target.m}×{target.n} here and {sizes[0]}×{sizes[1]} in the file; another base?"
+            f"{folder}: {site} is a convolution with {trouble}, so its tensors mean something else there than here"
         )
-    if adapter.kind == "VERA":
-        if not isinstance(target.layout, LinearLayout):
-            raise CheckpointError(
-                f"{adapter.folder}: {site} is of kind {target.layout.kind}; PEFT's VeRA knows linear layers only"
-            )
-        return {"b": parts["b"], "d": parts["d"]}
-    pair = _narrow(pair, min(target.m, target.n))
-    found = {"B": pair.B, "A": pair.A}
-    return found | {"magnitude": parts["magnitude"].reshape(-1)} if adapter.magnitudes else found
+    m, n = letters.get("m", target.m), letters.get("n", target.n)
+    if (m, n) != (target.m, target.n):
+        raise CheckpointError(f"{folder}: {site} is {target.m}×{target.n} here and {m}×{n} in the file; another base?")
+    return method.read(PeftSite(site, target, parts, letters, adapter.fields, folder))
 
 
-def _check_convolution(folder: Path, site: str, layout: ConvLayout) -> None:
-    unlike = convolution_trouble(layout)
-    if unlike:
-        raise CheckpointError(
-            f"{folder}: {site} is a convolution with {unlike}, so its factors mean something else there than here"
-        )
-
-
-def convolution_trouble(layout: ConvLayout) -> str | None:
-    """Why PEFT's forward of a convolution is not the convolution with W + B A, or None.
-
-    It runs A without the layer's dilation and padding mode, and with groups lets every group see all channels.
-    """
-    if layout.groups > 1:
-        return f"{layout.groups} groups, whose factors PEFT shapes differently"
-    if any(step != 1 for step in layout.dilation):
-        return f"dilation {layout.dilation}, which PEFT leaves out of the update"
-    if layout.padding_mode != "zeros":
-        return f"padding mode {layout.padding_mode!r}, which PEFT leaves out of the update"
-    return None
-
-
-def _narrow(pair: LowRank, most: int) -> LowRank:
-    """The same product with at most `most` inner directions: padding with zeros goes first, then an exact SVD."""
-    if pair.rank <= most:
-        return pair
-    used = (pair.B != 0).any(0) & (pair.A != 0).any(1)  # (r,)
-    if 0 < int(used.sum()) <= most:
-        return LowRank(pair.B[:, used], pair.A[used])
-    U, S, Vh = svd(LowRank(pair.B.double(), pair.A.double())).truncated(most)
-    return LowRank((U * S).to(pair.B.dtype), Vh.to(pair.A.dtype))
-
-
-def _shared(adapter: PeftAdapter, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    """The factors that all layers slice, from the file or drawn as PEFT draws them."""
-    if adapter.kind != "VERA":
-        return {}
-    rank = adapter.rank_at("")
-    sizes = {"A": (rank, max(t.n for t in targets.values())), "B": (max(t.m for t in targets.values()), rank)}
-    if not adapter.shared and adapter.config.get("save_projection") is False:
-        generator = torch.Generator().manual_seed(int(adapter.config.get("projection_prng_key", 0)))
-        bounds = {part: math.sqrt(6.0 / size[1]) for part, size in sizes.items()}
-        return {
-            part: torch.empty(size).uniform_(-bounds[part], bounds[part], generator=generator) for part, size in sizes.items()
-        }
-    for part, size in sizes.items():
-        found = adapter.shared.get(part)
-        if found is None or tuple(found.shape) != size:
-            have = "missing" if found is None else f"{tuple(found.shape)}"
-            raise CheckpointError(f"{adapter.folder}: vera_{part} is {have} in the file; the layers of this model need {size}")
-    return dict(adapter.shared)
-
-
-def _rank(parts: Mapping[str, Tensor]) -> int:
-    return parts["A"].shape[0] if "A" in parts else parts["d"].numel()
-
-
-def _recipe(adapter: PeftAdapter, ranks: Mapping[str, int]) -> Recipe:
-    """The catalog's recipe with the file's rank, alpha and dropout."""
-    config, rank = adapter.config, Counter(ranks.values()).most_common(1)[0][0]
-    if adapter.kind == "VERA":
-        dropout = float(config.get("vera_dropout", 0.0))
-        return catalog.vera(rank=rank, d_initial=float(config.get("d_initial", 0.1)), dropout=dropout, save_projections=True)
-    dropout = float(config.get("lora_dropout", 0.0))
-    alpha = float(at_pattern(None, "", config.get("lora_alpha", 8)))
-    policy = "rslora" if config.get("use_rslora") else "lora"
-    if adapter.magnitudes:
-        recipe = catalog.dora(rank=rank, alpha=alpha, dropout=dropout, scale=policy)
-    elif policy == "rslora":
-        recipe = catalog.rslora(rank=rank, alpha=alpha, dropout=dropout)
-    else:
-        recipe = catalog.lora(rank=rank, alpha=alpha, dropout=dropout)
-    other = {site: value for site, value in ranks.items() if value != rank}
-    return Recipe(**{**recipe.__dict__, "ranks": other})
+def _recipe(adapter: PeftAdapter, fillings: Mapping[str, Filling]) -> Recipe:
+    """The catalog's recipe with the arguments that most layers have; those of the others become ranks and overrides."""
+    names = next(iter(fillings.values())).arguments
+    common = {name: Counter(filling.arguments[name] for filling in fillings.values()).most_common(1)[0][0] for name in names}
+    recipe = adapter.method.recipe(adapter.fields, **common)
+    ranks: dict[str, int] = {}
+    overrides: dict[str, dict[str, Any]] = {}
+    for site, filling in fillings.items():
+        other = {name: value for name, value in filling.arguments.items() if value != common[name]}
+        if "rank" in other:
+            ranks[site] = other.pop("rank")
+        if other:
+            overrides[site] = other
+    return dataclasses.replace(recipe, ranks=ranks, overrides=overrides)
 
 
 def _check_base(adapter: PeftAdapter, handle: Handle) -> None:
@@ -254,17 +202,34 @@ def _check_base(adapter: PeftAdapter, handle: Handle) -> None:
 
 
 @torch.no_grad()
-def _fill(handle: Handle, parts: Mapping[str, Mapping[str, Tensor]], shared: Mapping[str, Tensor]) -> None:
-    bank = handle.bank
-    if shared and bank is not None:
-        for part, tensor in shared.items():
-            bank[part].copy_(tensor)
-    for site, tensors in parts.items():
+def _fill(handle: Handle, folder: Path, fillings: Mapping[str, Filling], shared: Mapping[str, Tensor]) -> None:
+    """Puts the tensors into their places, all of which must be there in the right shape."""
+    places: dict[str, dict[str, Tensor]] = {}
+    for site, filling in fillings.items():
         entry = handle.parameterization(site)
-        roles = entry.roles()
-        if "A" in tensors:
-            device, dtype = roles["B"].device, roles["B"].dtype
-            B = tensors["B"].to(device, torch.promote_types(dtype, torch.float32)) / cast(float, entry.scale)
-            entry.load_factors(LowRank(B.to(dtype), tensors["A"].to(device, dtype)))
-        for role in set(tensors) - {"A", "B"}:
-            roles[role].copy_(tensors[role])
+        if filling.prepare is not None:
+            filling.prepare(entry)
+        buffers = {name.rpartition(".")[2]: tensor for name, tensor in entry.named_buffers()}
+        places[site] = {**buffers, **entry.roles()}
+        unfilled = set(entry.roles()) - set(filling.tensors)
+        here = {role: tuple(place.shape) for role, place in places[site].items()}
+        unlike = [
+            f"{role} is {tuple(tensor.shape)} in the file and {here.get(role, 'not')} here"
+            for role, tensor in filling.tensors.items()
+            if here.get(role) != tuple(tensor.shape)
+        ]
+        if unfilled or unlike:
+            unlike += [f"nothing for {role}" for role in sorted(unfilled)]
+            raise CheckpointError(
+                f"{folder}: the tensors of {site} are not those that the config makes for this layer, {handle.targets[site].m}×"
+                f"{handle.targets[site].n}: {'; '.join(unlike)}. The two files belong to different adapters, or to another base"
+            )
+    for site, filling in fillings.items():
+        for role, tensor in filling.tensors.items():
+            places[site][role].copy_(tensor)
+    bank = handle.bank
+    for part, tensor in shared.items():
+        assert bank is not None
+        bank[part].copy_(tensor)
+    for site, target in handle.targets.items():
+        handle.parameterization(site).filled(target.matrix())

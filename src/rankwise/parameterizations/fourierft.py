@@ -49,9 +49,7 @@ class FourierFT(Additive):
         self.scale, self.size, self.plan = float(scale), (site.m, site.n), Plan()
         positions = torch.zeros(2, frequencies, dtype=torch.int64)
         if not site.blank:
-            generator = torch.Generator().manual_seed(location_seed)
-            flat = torch.randperm(site.m * site.n, generator=generator)[:frequencies]
-            positions = torch.stack([flat // site.n, flat % site.n])  # (2, n_f)
+            positions = positions_of(site.m, site.n, frequencies, location_seed)
         self.register_buffer("positions", positions.to(site.device))
         self.coefficients = nn.Parameter(site.zeros(frequencies))  # (n_f,)
 
@@ -89,3 +87,9 @@ class FourierFT(Additive):
 
     def restart(self, site: Site) -> None:
         self.coefficients.zero_()
+
+
+def positions_of(m: int, n: int, frequencies: int, seed: int) -> Tensor:
+    """The frequencies (2, n_f) of a seed, in a matrix (m, n)."""
+    flat = torch.randperm(m * n, generator=torch.Generator().manual_seed(seed))[:frequencies]
+    return torch.stack([flat // n, flat % n])

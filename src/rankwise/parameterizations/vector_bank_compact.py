@@ -65,7 +65,7 @@ def load_compact(model: nn.Module, directory: str | Path, **options: Any) -> Han
     for key in tensors:
         place, _, part = key.rpartition(".")
         if part == "ids" and place.rpartition(".")[2] in LOGITS:
-            full[place] = _logits(tensors[key], tensors[f"{place}.weights"], vectors)
+            full[place] = logits_of(tensors[key], tensors[f"{place}.weights"], vectors)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.write(Path(folder), {key: value for key, value in description.items() if key != "compact"}, full)
         handle = checkpoint.load_(model, folder, trainable=False, **options)
@@ -75,7 +75,7 @@ def load_compact(model: nn.Module, directory: str | Path, **options: Any) -> Han
     return handle
 
 
-def _logits(ids: Tensor, weights: Tensor, vectors: int) -> Tensor:
+def logits_of(ids: Tensor, weights: Tensor, vectors: int) -> Tensor:
     """Logits (…, h) that choose these vectors with these weights: the logarithms there, the least number elsewhere."""
     last = 1 - weights.sum(-1, keepdim=True)  # may round below zero
     whole = torch.cat([weights, last], dim=-1).clamp_min(torch.finfo(weights.dtype).tiny)  # (…, top)

@@ -16,6 +16,8 @@ from rankwise.core.operators import LowRank
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.lora import LoRA, scale_of
 
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(LoRA).parameters.items()}
+
 
 class StoredAdapter(NamedTuple):
     """Site -> factors, and site -> hash of the weight that the adapter was trained on."""
@@ -53,21 +55,14 @@ def read_adapter(directory: str | Path) -> StoredAdapter:
         raise CheckpointError(
             f"{folder} trains {', '.join(description['auxiliary'])} whole, which a bank cannot hold per row; use rankwise.load_"
         )
-    policies: dict[int | None, float] = {}
-    updates: dict[str, LowRank] = {}
-    for site in sites:
-        rank = recipe.ranks.get(site)
-        if rank not in policies:
-            policies[rank] = _scale(recipe, rank)
-        updates[site] = _factors(site, tensors, policies[rank], folder)
+    updates = {site: _factors(site, tensors, _scale(recipe, site), folder) for site in sites}
     return StoredAdapter(updates, fingerprint)
 
 
-def _scale(recipe: Recipe, rank: int | None) -> float:
+def _scale(recipe: Recipe, site: str) -> float:
     """The scale a layer was built with. A rank that a schedule cut later does not change it."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(LoRA).parameters.items()}
-    known = {**defaults, **recipe.parameterization.arguments}
-    return scale_of(known["scale"], known["alpha"], known["rank"] if rank is None else rank)
+    known = {**_DEFAULTS, **recipe.arguments_at(site)}
+    return scale_of(known["scale"], known["alpha"], known["rank"])
 
 
 def _factors(site: str, tensors: Mapping[str, Tensor], scale: float, folder: Path) -> LowRank:
