@@ -73,10 +73,11 @@ def _randlora_bank(folder: Path, fields: Fields, shared: Mapping[str, Tensor], t
     least = {"A": (rank, 1, narrow), "B": (wide, -(-narrow // rank), rank)}  # PEFT may have made them larger
     for part, size in least.items():
         found = shared.get(part)
-        shape: tuple[int, ...] = () if found is None else tuple(found.shape)
-        fits = len(shape) == 3 and all(have >= need for have, need in zip(shape, size, strict=True))
-        if not fits or shape[0 if part == "A" else 2] != rank or (part == "A" and shape[1] != 1):
-            raise _missing(folder, f"randlora_{part}", str(shape) if shape else "missing", size)
+        if found is None:
+            raise _missing(folder, f"randlora_{part}", "missing", size)
+        large = found.dim() == 3 and all(have >= need for have, need in zip(found.shape, size, strict=True))
+        if not large or found.shape[0 if part == "A" else 2] != rank or (part == "A" and found.shape[1] != 1):
+            raise _missing(folder, f"randlora_{part}", str(tuple(found.shape)), size)
     return {"A": shared["A"].squeeze(1), "B": shared["B"]}
 
 
