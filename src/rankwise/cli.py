@@ -30,6 +30,7 @@ from rankwise.lab.options import (
     TrainLimit,
 )
 from rankwise.lab.presets import PRESETS
+from rankwise.lab.terminal import quiet_libraries
 
 MENDABLE, STOPPED = 2, 130  # exit codes: an error that the user can mend, and Ctrl-C
 SPREAD = ("--recipes", "--lrs", "--dimensions")  # options that take several values at once
@@ -293,8 +294,5 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The program."""
+    quiet_libraries()
     sys.exit(run(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()

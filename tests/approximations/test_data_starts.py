@@ -132,9 +132,18 @@ def updates(folder: str) -> dict[str, Tensor]:
 
 
 TEXTS = ["lora(rank=2, alpha=6)", "dora(rank=2)", "lora_xs(rank=2)", "pissa(rank=2)", "bone(rank=2)", "loftq(rank=2, bits=2)"]
+BANKS = [
+    "vera(rank=2)",
+    "tied_lora(rank=2)",
+    "tied_lora(rank=2, train='uv')",
+    "lotr(rank=2)",
+    "vblora(rank=2, vectors=5, length=4)",
+]
+BANKS += ["randlora(rank=3)", "nola(rank=2, bases_A=5, bases_B=7)", "nola(rank=2, bases_A=5, bases_B=7, share_bases=True)"]
+BANKS += ["intrinsic_dimension(dimension=9)", "intrinsic_dimension(dimension=9, scope='tensor', gains=True)"]
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "pissa(rank=2, mode='absorb')", "gated_lora(rank=2)", "mica(rank=2)"])
+@pytest.mark.parametrize("text", [*TEXTS, *BANKS, "pissa(rank=2, mode='absorb')", "gated_lora(rank=2)", "mica(rank=2)"])
 def test_sources_of_any_method_are_read_without_their_model(text: str, tmp_path: Path) -> None:
     folder = earlier(tmp_path / "a", text)
     statistics = LayerStatistics("0", mlp()[0].weight.detach())
@@ -218,8 +227,10 @@ def test_sources_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         rankwise.adapt_(mlp(seed=1), rankwise.catalog.cora(sources=[folder], rank=2))
     with pytest.raises(CheckpointError, match="does not adapt '2'"):
         rankwise.adapt_(mlp(layers=3), rankwise.catalog.cora(sources=[folder], rank=2))
-    with pytest.raises(CheckpointError, match="share tensors"):
-        rankwise.adapt_(mlp(), rankwise.catalog.cora(sources=[earlier(tmp_path / "b", "vera(rank=2)")], rank=2))
+    with pytest.raises(FingerprintError, match="1 is 8×8 there and 5×6 here"):
+        rankwise.adapt_(
+            nn.ModuleList([mlp()[0], nn.Linear(6, 5)]).double(), rankwise.catalog.cora(sources=[folder], rank=2), where=["1"]
+        )
     with pytest.raises(CheckpointError, match=r"holds no adapter\.json"):
         rankwise.adapt_(mlp(), rankwise.catalog.cora(sources=[str(tmp_path / "none")], rank=2))
     with pytest.raises(ArgumentError, match="sources is a list of folders"):

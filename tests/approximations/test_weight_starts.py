@@ -86,6 +86,21 @@ def test_milora_largest_is_pissa() -> None:
     torch.testing.assert_close(mine.A, theirs.A)
 
 
+@pytest.mark.parametrize("smallest", [1e-5, 1e-6])
+def test_milora_takes_the_small_singular_values_of_real_weights(smallest: float) -> None:
+    """A layer of MiniLM has one of 1.2e-5 beside the largest: below 384 times float32's eps (4.6e-5), and no zero."""
+    W = torch.randn(384, 384, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(W.double())
+    S[-1] = smallest * S[0]
+    stored = (U * S @ Vh).float()
+    pair = run(MiLoRA(), stored, 1)
+    known = torch.linalg.svdvals(stored.double())[-1]
+    assert pair.B.dtype == torch.float32
+    assert float(pair.dense().double().norm()) == pytest.approx(float(known), rel=1e-4)
+    with pytest.raises(StatisticsError, match="1 of the 1 singular values to start from are zero"):
+        run(MiLoRA(), (U[:, :-1] * S[:-1] @ Vh[:-1]).float(), 1)  # rounding leaves 0.6 eps in the place of this zero
+
+
 def test_mica_trains_only_what_leads_into_the_unused_directions() -> None:
     net, x = mlp(), inputs()
     expected = net(x)

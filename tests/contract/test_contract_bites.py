@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -13,12 +14,13 @@ import rankwise
 from rankwise.core import adapt, bindings, merge
 from rankwise.core.bank import Bank
 from rankwise.core.combinators import RowScale, Sum
+from rankwise.core.layouts import Layout
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Facts, Parameterization, Site
 from rankwise.core.piece import Piece, register
 from rankwise.core.queries import row_norms
 from rankwise.core.recipe import Recipe
-from tests.contract import checks
+from tests.contract import checks, test_costs
 from tests.contract.subjects import LINEAR, LayerKind, Subject
 
 
@@ -199,6 +201,39 @@ def test_wrong_rank_bound_is_caught() -> None:
 
     with pytest.raises(AssertionError, match="is within the bound"):
         checks.check_low_rank_reproduces_dense(_subject(_with_update("WrongRank", Narrow)), LINEAR)
+
+
+@pytest.mark.parametrize(("field", "wrong"), [("numbers", "rank*m"), ("flops", "2*T*rank*m")])
+def test_wrong_cost_formula_is_caught(field: str, wrong: str) -> None:
+    entry = dataclasses.replace(rankwise.catalog.entry("lora"), **{field: wrong})
+    check = {"numbers": test_costs.test_trained_numbers_are_those_of_the_formula}.get(
+        field, test_costs.test_extra_flops_are_those_of_the_formula
+    )
+    with pytest.raises(AssertionError):
+        check(entry)
+
+
+def test_update_formed_as_a_matrix_is_caught_by_its_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def formed(self: LowRank, x: Tensor, layout: Layout) -> Tensor:
+        return layout.matrix(x, self.dense())
+
+    monkeypatch.setattr(LowRank, "apply", formed)
+    monkeypatch.setattr(LowRank, "add_to", Operator.add_to)
+    monkeypatch.setattr(LowRank, "add_to_base", lambda *_, **__: None)
+    with pytest.raises(AssertionError):
+        test_costs.test_extra_flops_are_those_of_the_formula(rankwise.catalog.entry("lora"))
+
+
+def test_bias_left_behind_by_unmerge_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shifted(_Plain):
+        def adapted_bias(self, bias: Tensor) -> Tensor:
+            return bias + self.B.sum(1)
+
+    checks.check_merge_equals_forward(_subject(Shifted), LINEAR)
+    write = merge._write_bias
+    monkeypatch.setattr(merge, "_write_bias", lambda target, merged: write(target, merged) if merged else None)
+    with pytest.raises(AssertionError, match="the bias to the bit"):
+        checks.check_merge_equals_forward(_subject(Shifted), LINEAR)
 
 
 def test_faults_do_not_enter_the_catalog() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import rankwise
+from rankwise.core.bank import BANKS, Bank, attach_bank
 from rankwise.core.decisions import _prune
 from rankwise.core.errors import TrainingError
 from rankwise.core.protocols import Assign, Freeze, Keep, Mask, Resize, Restart
@@ -209,3 +210,21 @@ def test_restart_in_bfloat16_does_not_lose_small_updates() -> None:
             roles["B"].fill_(1e-3)
         handle.apply_({"0": Restart()})
     assert abs(float(model[0].weight.float().mean()) - 1.06) < 4e-3
+
+
+def test_tensors_that_layers_share_are_assigned_and_frozen_by_the_name_of_their_group() -> None:
+    problem = Regression()
+    handle = problem.adapt("lora(rank=2)")
+    shared = {name: nn.Parameter(torch.ones(2, 3, dtype=torch.float64)) for name in "AB"}
+    attach_bank(problem.model, handle.name, Bank.grouped({"g": shared}))
+    optimizer, site = handle.optimizer(lr=0.1), f"{BANKS}.{handle.name}.g"
+    block = handle.blocks()[site]
+    for tensor in block.values():
+        tensor.grad = torch.ones_like(tensor)
+    handle.after_backward()
+    optimizer.step()
+    handle.apply_({site: Assign({"A": torch.zeros(2, 3)})})
+    assert not block["A"].any() and block["A"] in optimizer.state
+    handle.apply_({site: Freeze(frozenset({"A"}))})
+    assert set(handle.blocks()[site]) == {"B"} and block["A"].grad is None
+    assert block["A"] not in optimizer.state and block["B"] in optimizer.state

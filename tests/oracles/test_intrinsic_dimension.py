@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 import torch
-from rankwise.lab.intrinsic_dimension import search
-from rankwise.parameterizations.intrinsic import Fastfood, walsh_hadamard
 from torch import nn
 
 import rankwise as rw
+from rankwise.lab.intrinsic_dimension import search
+from rankwise.parameterizations.intrinsic import Fastfood, walsh_hadamard
 from tests.oracles.tools import One, close, grad, linear, put, randn
 
 intrinsic_dimension = rw.catalog.intrinsic_dimension
@@ -200,9 +200,8 @@ def test_5_quadratic():
     handle = adapt(model, 7)
     P, v, eye = projection(handle), vector(handle), torch.eye(4, dtype=torch.float64)
     best = torch.linalg.solve(P.t() @ H @ P, P.t() @ (target - H @ theta0))
-    optimizer = torch.optim.LBFGS(
-        [v], lr=1, max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
+    # No line search: one compares losses, which are equal to the last bit at a distance of 3e-8. Gradients alone reach 4e-14.
+    optimizer = torch.optim.LBFGS([v], lr=1, max_iter=200, tolerance_grad=1e-13, tolerance_change=0)
 
     def closure():
         optimizer.zero_grad()

@@ -199,8 +199,13 @@ def test_5_moments_of_gaussian_sketches_in_many_draws() -> None:
 
 @pytest.mark.parametrize(("side", "size"), [("A", M), ("B", N)])
 def test_5_moments_of_orthonormal_sketches(side: str, size: int) -> None:
-    """Columns (or rows) scaled by √(m/r): B Bᵀ is m/r times a projector, so its mean is I and its second moment (m/r) I."""
-    draws = [factor if side == "A" else factor.T for factor in chains(50, 2, side, "orthonormal")[0]]
+    """Scaled by √(m/r), B Bᵀ is m/r times a projector, so its mean is I and its second moment (m/r) I.
+
+    The definition draws orthonormal columns; the scaling is that of this statement, so it is applied here.
+    """
+    frames = [factor if side == "A" else factor.T for factor in chains(50, 2, side, "orthonormal")[0]]
+    assert all(float((Q.T @ Q - torch.eye(RANK, dtype=torch.float64)).abs().max()) < 1e-12 for Q in frames)
+    draws = [(size / RANK) ** 0.5 * Q for Q in frames]
     for B in draws:
         assert float((B.T @ B - size / RANK * torch.eye(RANK, dtype=torch.float64)).abs().max()) < 1e-12
         assert relative(B @ B.T @ B @ B.T, size / RANK * B @ B.T) < 1e-12

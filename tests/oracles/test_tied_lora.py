@@ -140,8 +140,8 @@ def test_3_identical_layers_multiply_the_gradient():
         close(several, 4 * single, 1e-12)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_4_with_a_frozen_pair_it_trains_like_vera(optimizer):
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 20.0), ("adamw", 0.05)])  # d is 0.1, so plain steps are short
+def test_4_with_a_frozen_pair_it_trains_like_vera(optimizer, lr):
     x, y = randn(3, 8, N, seed=1), randn(3, 8, M, seed=2)
     step = getattr(rw.catalog, optimizer)()
     one, two = Stack(3), Stack(3)
@@ -153,7 +153,7 @@ def test_4_with_a_frozen_pair_it_trains_like_vera(optimizer):
         put(tied.parameterization(site).roles()["u"], vera.parameterization(site).roles()["d"])
         put(tied.parameterization(site).roles()["v"], vera.parameterization(site).roles()["b"])
     for model, handle in ((one, tied), (two, vera)):
-        made = handle.optimizer(lr=0.05)
+        made = handle.optimizer(lr=lr)
         for _ in range(5):
             (model(x) - y).square().mean().backward()
             handle.after_backward()

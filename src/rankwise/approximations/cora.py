@@ -27,14 +27,13 @@ from torch import Tensor
 
 from rankwise.approximations.starting import check_choice
 from rankwise.approximations.truncated_svd import check_rank, column_signs
-from rankwise.core.errors import ArgumentError, FingerprintError, StatisticsError
-from rankwise.core.fingerprint import tensor_hash
+from rankwise.core.errors import ArgumentError, StatisticsError
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import FROZEN_OUTPUT, OUTPUT
 from rankwise.core.piece import register
 from rankwise.core.queries import as_low_rank
 from rankwise.core.statistics import LayerStatistics, Statistic
-from rankwise.core.stored import StoredAdapter, read_stored
+from rankwise.core.stored import StoredAdapter, read_stored, weight_hashes
 
 
 def common_subspace(updates: Sequence[Operator]) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,7 @@ class CoRA:
     """B = g C with C the common output directions of earlier adapters, A = 0.
 
     Args:
-        sources: folders of adapters on this base, as `handle.save` wrote them.
+        sources: folders of adapters on this base, as `handle.save` wrote them; `rankwise.interop.from_peft` brings PEFT's here.
         gain: g.
         freeze: whether B has to stay as it starts.
         source: "delta", what each adapter changed, or "weight", the changed weight.
@@ -120,9 +119,12 @@ class CoRA:
         self._read = self._read or [read_stored(folder) for folder in self.sources]
         site, W = statistics.site, statistics.weight.cpu()
         found: list[Operator] = []
+        hashes = weight_hashes(W)
         for adapter in self._read:
-            own = adapter.update(site, W)
-            _check_base(adapter, site, W)
+            adapter.check_size(site, *W.shape)
+            own = adapter.update(site, lambda: W)
+            if adapter.description["sites"][site]["layout"] != "conv":  # its matrix has lost the kernel, which its hash tells
+                adapter.check_base(site, hashes)
             found.append(own if self.source == "delta" else Dense(W + own.dense().to(W)))
             found += [adapter.update(other) for other in self._others(adapter, site)]
         return found
@@ -134,17 +136,3 @@ class CoRA:
         alike = [other for other, size in adapter.sizes.items() if other != site and size[0] == adapter.sizes[site][0]]
         kind = site.rpartition(".")[2]
         return alike if self.share == "global" else [other for other in alike if other.rpartition(".")[2] == kind]
-
-
-def _check_base(adapter: StoredAdapter, site: str, W: Tensor) -> None:
-    """Directions of different bases have nothing in common."""
-    if adapter.sizes[site] != tuple(W.shape):
-        raise FingerprintError(
-            f"{adapter.folder}: {site} is {adapter.sizes[site]} there and {tuple(W.shape)} here; another base"
-        )
-    stored, layout = adapter.fingerprint.get(site), adapter.description["sites"][site]["layout"]
-    if layout != "conv" and stored not in (tensor_hash(W), tensor_hash(W.t())):  # a convolution's matrix has lost its kernel
-        raise FingerprintError(
-            f"{adapter.folder} was trained on another base: the weight of {site} differs. Directions of different bases have "
-            "nothing in common; take adapters of one base"
-        )

@@ -68,7 +68,8 @@ class CorDA:
         wide = W.to(C)
         U, S, _ = triplets_of(wide @ damped, rank, f"{statistics.site}: weight or inputs")
         index = chosen(self.select, S.numel(), rank, generator)  # (r,)
-        refuse_dead(S[index], S[0], max(W.shape), statistics.site)
+        remedy = "raise damping, collect more inputs than the layer has features, lower the rank"
+        refuse_dead(S[index], S[0], max(W.shape), statistics.site, remedy=remedy)
         B = U[:, index] * column_signs(U[:, index])  # (m, r)
         root = (S[index] / scale).sqrt()  # (r,)
         A = B.t() @ wide / (scale * root)[:, None]  # (r, n)

@@ -9,7 +9,7 @@ lets −s·B₀ A₀ run beside it; the update against W is exact at rank 2r eit
 when it is absorbed: a warning says by how much, and "offset" avoids it.
 
 A weight of rank below min(m, n) has zeros at that end, from which nothing would ever train: refused. One exact SVD per layer,
-since randomized ones do not find the small end.
+since randomized ones do not find the small end, in float64: real weights have singular values below float32's rounding.
 
 Wang, Li, Wang, Chen, Chen: MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning, 2024,
 arXiv:2406.09044.
@@ -50,8 +50,8 @@ class MiLoRA:
             StatisticsError: singular values among those chosen are zero.
         """
         W = statistics.weight  # (m, n)
-        U, S, Vh = fixed_signs(triplets_of(W, rank, statistics.site))
+        U, S, Vh = fixed_signs(triplets_of(W.double(), rank, statistics.site))
         index = chosen(self.select, S.numel(), rank, generator)  # (r,)
-        refuse_dead(S[index], S[0], max(W.shape), statistics.site)
+        refuse_dead(S[index], S[0], max(W.shape), statistics.site, stored=W.dtype)
         root = (S[index] / scale).sqrt()  # (r,)
-        return LowRank(U[:, index] * root, root[:, None] * Vh[index])
+        return LowRank((U[:, index] * root).to(W), (root[:, None] * Vh[index]).to(W))

@@ -69,18 +69,33 @@ def triplets_of(matrix: Tensor, rank: int, what: str) -> SVD:
     return SVD(*torch.linalg.svd(matrix, full_matrices=False))
 
 
-def refuse_dead(values: Tensor, largest: Tensor, size: int, what: str) -> None:
-    """Refuses a choice of singular values (r,) that holds zeros, up to the rounding of a matrix of `size` rows or columns.
+def refuse_dead(
+    values: Tensor, largest: Tensor, size: int, what: str, *, stored: torch.dtype | None = None, remedy: str = "lower the rank"
+) -> None:
+    """Refuses a choice of singular values (r,) that holds zeros, up to rounding.
+
+    Two roundings leave something in the place of a zero: the decomposition's own, eps·size·largest, and that of the numbers
+    as they are stored, which is eps·largest at most for entries that round independently. Decompose in float64: in float32
+    the first of them is 5e-5 of the largest for 384 columns, and real weights have singular values below it.
+
+    Args:
+        values: those chosen.
+        largest: the largest of all.
+        size: the longer side of the matrix.
+        what: the layer.
+        stored: the precision that the matrix was given in, where it is not that of the values.
+        remedy: what helps first.
 
     Raises:
         StatisticsError: directions would start at zero in both factors and stay there.
     """
-    noise = torch.finfo(values.dtype).eps * size * largest
+    own, given = torch.finfo(values.dtype).eps * size, torch.finfo(stored or values.dtype).eps
+    noise = max(own, given) * largest
     dead = int((values <= noise).sum())
     if dead:
         raise StatisticsError(
             f"{what}: {dead} of the {values.numel()} singular values to start from are zero, so both factors would be zero "
-            "there and never train; lower the rank, choose others with select='largest', or leave the layer out of where="
+            f"there and never train; {remedy}, choose others with select='largest', or leave the layer out of where="
         )
 
 

@@ -8,13 +8,15 @@ from rankwise.core.catalog import Reference, entry
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import Piece, piece
 from rankwise.core.recipe import Recipe
+from rankwise.parameterizations.lora import LoRA
 from rankwise.schedules.adalora import AdaLoRA
+from rankwise.schedules.roselora import RoseLoRA
 from rankwise.schedules.sora import SoRA
 from rankwise.steps.moments import adamw
 
 
 def scheduling(schedule: Piece, parameterization: Piece, *, name: str) -> Recipe:
-    """A recipe that decides the schedule; the gated parameterization and AdamW are its defaults."""
+    """A recipe that decides the schedule; the parameterization and AdamW are its defaults."""
     return Recipe(
         name=name, parameterization=parameterization, step=(piece(adamw),), schedule=schedule, own=frozenset({"schedule"})
     )
@@ -92,3 +94,40 @@ def sora(
     schedule = piece(SoRA, threshold=steps, mode=mode, l1=l1, rung_steps=rung_steps, compat=compat)
     gated = {"rank": rank, "alpha": alpha, "form": "sora", "dropout": dropout}
     return scheduling(schedule, Piece("parameterization", "GatedLoRA", gated), name="sora")
+
+
+@entry(
+    "schedule",
+    title="RoseLoRA",
+    formula="W + (α/r)·B A, a share τ left of each row of A and column of B",
+    reference=Reference(
+        "Wang et al.",
+        "RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model for Knowledge Editing and "
+        "Fine-tuning",
+        2024,
+        "2406.10777",
+    ),
+    trained="r(m + n), of which τ r(m + n) are not zero at the end",
+    numbers="rank*(m+n)",
+    flops="2*T*rank*(m+n)",
+    cost="1 number and 1 byte per trained number, and a selection per row and column after each step; no FLOPs saved",
+    merges="exact",
+    exports="exact at rank r, with sparse factors",
+    when="When an update must leave most of the weight as it is (knowledge editing); the share τ is what to tune.",
+    tiny={"rank": 2, "keep": 0.5, "begin": 1, "end": 4},
+    variants=("roselora(rank=2, keep=0.5, begin=1, end=4, clamp=0.5)",),
+)
+def roselora(
+    *,
+    keep: float = 0.05,
+    begin: int = 3,
+    end: int = 20,
+    smoothing: float = 0.8,
+    clamp: float | None = None,
+    rank: int = 8,
+    alpha: float | None = 32.0,
+    dropout: float = 0.0,
+) -> Recipe:
+    """Prunes the least important entries in every row of A and every column of B, so that the update itself is sparse."""
+    schedule = piece(RoseLoRA, keep=keep, begin=begin, end=end, smoothing=smoothing, clamp=clamp)
+    return scheduling(schedule, piece(LoRA, rank=rank, alpha=alpha, dropout=dropout), name="roselora")

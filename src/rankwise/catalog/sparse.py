@@ -2,13 +2,96 @@
 
 from __future__ import annotations
 
-from rankwise.catalog.building import adapter
+from rankwise.catalog.building import OWN, adapter
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.hadamard_gates import HadamardGates
 from rankwise.parameterizations.lora_dropout import LoRADropout
 from rankwise.parameterizations.masked import Masked
+from rankwise.parameterizations.projected_vectors import ProjectedVectors
+from rankwise.parameterizations.sltrain import SLTrain, SparsePlusLowRank
+from rankwise.schedules.aflora import AFLoRA
+from rankwise.steps.moments import adamw
+
+
+@entry(
+    "parameterization",
+    title="SLTrain",
+    formula="s·B A + S instead of W, S sparse at fixed random places",
+    reference=Reference(
+        "Han et al.",
+        "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining",
+        2024,
+        "2406.02214",
+    ),
+    trained="r(m + n) + ⌊density·mn⌋",
+    cost="2mnr FLOPs per forward to make the matrix, and again in backward",
+    merges="the weight is replaced (keep_base: exact)",
+    exports="not of low rank: the sparse part has full rank",
+    when="To train a model from scratch with half the optimizer state; with keep_base to fine-tune at a rank above LoRA's.",
+    tiny={"rank": 2, "density": 0.25},
+    numbers="rank*(m+n) + density*m*n//1",
+    flops="2*m*n*rank",
+    variants=("sltrain(rank=2, density=0.25, keep_base=True)",),
+)
+def sltrain(*, rank: int = 128, alpha: float = 32.0, density: float = 0.03, keep_base: bool = False) -> Recipe:
+    """A low-rank matrix plus a few entries at random places, trained from scratch in place of each weight."""
+    return adapter(piece(SparsePlusLowRank if keep_base else SLTrain, rank=rank, alpha=alpha, density=density), name="sltrain")
+
+
+@entry(
+    "parameterization",
+    title="AFLoRA",
+    formula="W + diag(v) B diag(u) A, B and A frozen one by one",
+    reference=Reference(
+        "Liu et al.",
+        "AFLoRA: Adaptive Freezing of Low Rank Adaptation in Parameter Efficient Fine-Tuning of Large Models",
+        2024,
+        "2403.13269",
+    ),
+    trained="r(m + n) + r + m, r + m at the end and where m = n",
+    cost="2r(m + n) FLOPs per token; 3 numbers per projection entry until it is frozen",
+    merges="exact",
+    exports="exact at rank r",
+    when="When what is trained should shrink as training goes on; needs the length of the run, and ten times LoRA's rate.",
+    tiny={"rank": 2, "total_steps": 8, "epochs": 8, "final_epochs": 2, "interval": 2},
+    numbers="(rank*(m+n) if m != n or train_square else 0) + rank + m",
+    flops="2*T*rank*(m+n)",
+    variants=("aflora(rank=2, total_steps=8, epochs=8, final_epochs=2, interval=2, train_square=True, keep=0.5)",),
+)
+def aflora(
+    *,
+    rank: int = 4,
+    total_steps: int,
+    epochs: int,
+    warmup_epochs: int = 1,
+    final_epochs: int = 14,
+    interval: int = 10,
+    smoothing: float = 0.85,
+    uncertainty_smoothing: float = 0.95,
+    keep: float = 0.0,
+    train_square: bool = False,
+) -> Recipe:
+    """Two projections with a trained vector after each; projections that have stopped learning are frozen for good."""
+    schedule = piece(
+        AFLoRA,
+        total_steps=total_steps,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        final_epochs=final_epochs,
+        interval=interval,
+        smoothing=smoothing,
+        uncertainty_smoothing=uncertainty_smoothing,
+        keep=keep,
+    )
+    return Recipe(
+        name="aflora",
+        parameterization=piece(ProjectedVectors, rank=rank, train_square=train_square),
+        step=(piece(adamw),),
+        schedule=schedule,
+        own=OWN | {"schedule"},
+    )
 
 
 @entry(

@@ -52,6 +52,10 @@ class Bank(nn.Module):
             bank.add_module(name, cls(tensors))
         return bank
 
+    def roles(self) -> dict[str, nn.Parameter]:
+        """Its own trained tensors by name, those of its groups left out."""
+        return dict(self.named_parameters(recurse=False))
+
     @classmethod
     def blank(cls, described: Mapping[str, Any], like: Tensor) -> Bank:
         """A bank of zeros as `describe` wrote it, to be filled from a file; `like` gives dtype and device."""

@@ -113,7 +113,7 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = directory / JSON_NAME
     if not path.is_file():
         hint = (
-            " It looks like a PEFT adapter: use rankwise.interop.from_peft."
+            " It looks like a PEFT adapter: load it with rankwise.interop.from_peft; handle.save makes it one of ours."
             if (directory / "adapter_config.json").is_file()
             else ""
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from rankwise.core.bank import BANKS, Bank
 from rankwise.core.bindings import Adapters
 from rankwise.core.errors import MergeError, TrainingError
 from rankwise.core.merge import absorb_site
@@ -28,7 +29,11 @@ RANK_DIMENSION = {"A": 0, "B": 1, "gate": 0}  # where a role's tensor holds the 
 
 
 def carry_out(handle: Handle, site: str, decision: Decision, optimizer: BlockOptimizer | None) -> None:
-    """Carries out one decision at one site of a handle."""
+    """Carries out one decision at one site of a handle, or on the tensors that a group of sites shares (`Bank`)."""
+    if site.startswith(f"{BANKS}.") and isinstance(decision, Assign | Freeze):
+        bank = cast(Bank, handle.model.get_submodule(site))
+        assign(bank, decision.values) if isinstance(decision, Assign) else freeze(bank, decision.roles, optimizer)
+        return
     entry = handle.parameterization(site)
     match decision:
         case Keep():
@@ -56,7 +61,7 @@ def mask(entry: Parameterization, keep: Tensor) -> None:
 
 
 @torch.no_grad()
-def assign(entry: Parameterization, values: Mapping[str, Tensor]) -> None:
+def assign(entry: Parameterization | Bank, values: Mapping[str, Tensor]) -> None:
     """Copies values into trained tensors."""
     roles = entry.roles()
     for role, value in values.items():
@@ -107,7 +112,7 @@ def _replace(optimizer: BlockOptimizer, old: nn.Parameter, new: nn.Parameter, di
         }
 
 
-def freeze(entry: Parameterization, roles: frozenset[str], optimizer: BlockOptimizer | None) -> None:
+def freeze(entry: Parameterization | Bank, roles: frozenset[str], optimizer: BlockOptimizer | None) -> None:
     """Stops training the named roles and frees their optimizer state."""
     for role, parameter in entry.roles().items():
         if role in roles:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from rankwise.core.bank import BANKS
 from rankwise.core.bindings import adapted_layers
+
+if TYPE_CHECKING:
+    from rankwise.core.handle import Handle
 
 _FLAGS = "_rankwise_requires_grad"  # on the model: which parameters required gradients before the first adapter
 
@@ -33,3 +37,12 @@ def thaw(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name in flags:
             parameter.requires_grad_(flags[name])
+
+
+def frozen_roles(handle: Handle) -> dict[str, list[str]]:
+    """Site, or group of shared tensors, -> roles that are not trained any more."""
+    owners: dict[str, Any] = {site: handle.parameterization(site) for site in handle.targets}
+    if handle.bank is not None:
+        owners |= dict(handle.bank.named_modules(prefix=f"{BANKS}.{handle.name}"))
+    frozen = {name: [role for role, p in owner.roles().items() if not p.requires_grad] for name, owner in owners.items()}
+    return {name: roles for name, roles in frozen.items() if roles}

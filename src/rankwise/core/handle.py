@@ -14,10 +14,10 @@ from rankwise.core.bank import BANKS, Bank, bank_of, detach_bank
 from rankwise.core.bindings import Adapters, activate_, adapted_layers, detach
 from rankwise.core.coverage import coverage_of, summary_of
 from rankwise.core.errors import MergeError, TargetError, TrainingError, did_you_mean
-from rankwise.core.freezing import thaw
+from rankwise.core.freezing import frozen_roles, thaw
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Parameterization
-from rankwise.core.protocols import Decision, Perturbation, Procedure, RankSchedule
+from rankwise.core.protocols import Decision, Freeze, Perturbation, Procedure, RankSchedule
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
@@ -292,13 +292,14 @@ class Handle:
     def state_dict(self) -> dict[str, Any]:
         """Training state beside tensors and optimizer: step count, schedules, perturbation; to resume to the bit."""
         parts = {"schedule": self.schedule, "procedure": self.procedure, "perturbation": self.perturbation}
-        state: dict[str, Any] = {"step_count": self.step_count, "forwards": self.masks.forwards}
+        state: dict[str, Any] = {"step_count": self.step_count, "forwards": self.masks.forwards, "frozen": frozen_roles(self)}
         return state | {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.step_count = int(state["step_count"])
         self.masks.resume(int(state["forwards"]))
+        self.apply_({site: Freeze(frozenset(roles)) for site, roles in state.get("frozen", {}).items()})
         for name, part in (("schedule", self.schedule), ("procedure", self.procedure), ("perturbation", self.perturbation)):
             if part is not None:
                 part.load_state_dict(state[name])

@@ -33,6 +33,7 @@ def problems_of(recipe: Recipe, sites: Iterable[Site] = (), collected: Iterable[
     return [
         *_role_problems(recipe),
         *_gate_problems(recipe),
+        *_pruning_problems(recipe),
         *_restart_problems(recipe),
         *_start_problems(recipe),
         *_statistics_problems(recipe, collected),
@@ -52,6 +53,20 @@ def _gate_problems(recipe: Recipe) -> list[Problem]:
             needs="gates that start away from zero, since it pulls them there",
             has=f"those of {recipe.parameterization} start at zero and would never leave",
             remedy="use gated_lora(form='sora')",
+        )
+    ]
+
+
+def _pruning_problems(recipe: Recipe) -> list[Problem]:
+    prunes = recipe.schedule is not None and recipe.schedule.factory.prunes  # type: ignore[attr-defined]
+    if recipe.schedule is None or not prunes or recipe.method.prunable(**recipe.parameterization.arguments):
+        return []
+    return [
+        Problem(
+            piece=f"schedule {recipe.schedule.name}",
+            needs="trained tensors whose zeros lead back to the base",
+            has=f"those of {recipe.parameterization} hold a part of the weight, or a start that is subtracted again",
+            remedy="use an additive parameterization (lora, rslora, dora), or drop it",
         )
     ]
 

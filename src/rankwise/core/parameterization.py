@@ -171,6 +171,11 @@ class Parameterization(nn.Module, ABC):
         return True
 
     @classmethod
+    def prunable(cls, **arguments: Any) -> bool:
+        """Whether zeros in its trained tensors lead to the base: not where these hold it, or a start that is subtracted."""
+        return True
+
+    @classmethod
     def width_of(cls, m: int, n: int, **arguments: Any) -> int | None:
         """The rank asked for, where it must not exceed min(m, n); None where any value fits."""
         return arguments.get("rank")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,8 @@ from torch import Tensor
 from rankwise.core import decisions
 from rankwise.core.bank import BANKS, Bank
 from rankwise.core.checkpoint import JSON_NAME, read
-from rankwise.core.errors import CheckpointError, did_you_mean
+from rankwise.core.errors import CheckpointError, FingerprintError, did_you_mean
+from rankwise.core.fingerprint import tensor_hash
 from rankwise.core.layouts import LinearLayout
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import Parameterization, Site
@@ -44,28 +46,61 @@ class StoredAdapter:
     description: dict[str, Any]
 
     @torch.no_grad()
-    def update(self, site: str, weight: Tensor | None = None) -> Operator:
+    def update(self, site: str, weight: Callable[[], Tensor] | None = None) -> Operator:
         """W' - W (m, n) at a site.
 
         Args:
             site: its name.
-            weight: W (m, n), which methods that are not additive need.
+            weight: gives W (m, n), which methods that are not additive need; not called for others.
 
         Raises:
             CheckpointError: no such site, or an update that cannot be told without the model.
         """
+        self.check_size(site, *self.sizes.get(site, (0, 0)))
+        entry = self._entry(site)
+        if entry.replacement is None and entry.facts.additive:
+            return entry.total_update(Dense(torch.zeros(self.sizes[site])))
+        if weight is None:
+            raise CheckpointError(f"{self.folder}: {self.recipe.name} at {site} cannot be read without the weight under it")
+        return entry.total_update(Dense(weight()))
+
+    def check_base(self, site: str, hashes: Collection[str]) -> None:
+        """Refuses a weight other than the one the adapter was trained on: directions of two bases have nothing in common.
+
+        Args:
+            site: the layer.
+            hashes: of the weight in each orientation it can have in a layer, from `weight_hashes`.
+
+        Raises:
+            FingerprintError: it differs.
+        """
+        if self.fingerprint.get(site) not in hashes:
+            raise FingerprintError(
+                f"{self.folder} was trained on another base: the weight of {site} differs. Directions of different bases have "
+                "nothing in common; take adapters of one base"
+            )
+
+    def check_size(self, site: str, m: int, n: int) -> None:
+        """Refuses a layer of another size.
+
+        Raises:
+            CheckpointError: no such layer.
+            FingerprintError: it has another size.
+        """
         if site not in self.sizes:
             raise CheckpointError(f"{self.folder} does not adapt {site!r}. {did_you_mean(site, self.sizes)}")
-        entry = self._entry(site)
-        if weight is None and (entry.replacement is not None or not entry.facts.additive):
-            raise CheckpointError(f"{self.folder}: {self.recipe.name} at {site} cannot be read without the weight under it")
-        untouched = Dense(torch.zeros(self.sizes[site]) if weight is None else weight)
-        return entry.total_update(untouched)
+        if self.sizes[site] != (m, n):
+            there = "×".join(map(str, self.sizes[site]))
+            raise FingerprintError(
+                f"{self.folder} was trained on another base: {site} is {there} there and {m}×{n} here; take adapters of "
+                "one base"
+            )
 
     def _entry(self, site: str) -> Parameterization:
         m, n = self.sizes[site]
         mine = {key.removeprefix(f"{site}."): value for key, value in self.tensors.items() if key.startswith(f"{site}.")}
-        dtype = next((value.dtype for value in mine.values() if value.is_floating_point()), torch.float32)
+        held = [*mine.values(), *self.tensors.values()]  # its own first; some sites have shared tensors alone
+        dtype = next((value.dtype for value in held if value.is_floating_point()), torch.float32)
         blank = functools.partial(torch.zeros, m, n)
         place = Site(name=site, m=m, n=n, layout=LinearLayout(), weight=blank, dtype=dtype, shape=(m, n), blank=True)
         place = dataclasses.replace(place, seed=int(self.description["seed"]), bank=self._bank(place))
@@ -129,19 +164,32 @@ def read_stored(directory: str | Path) -> StoredAdapter:
     return StoredAdapter(folder, recipe, sizes, fingerprint, tensors, description)
 
 
-def stored_update(folder: str | Path, site: Site) -> LowRank:
-    """The exact factors of a stored update at one layer of the same base, scale folded in, in the file's precision.
+def weight_hashes(weight: Tensor, shape: tuple[int, ...] = ()) -> frozenset[str]:
+    """Hashes of W (m, n) as the layers that mean this matrix hold it: as it is, turned, or with the modes of a kernel."""
+    forms = [weight, weight.t(), *([weight.reshape(shape)] if len(shape) > 2 else [])]
+    return frozenset(tensor_hash(form) for form in forms)
+
+
+def stored_updates(folders: Sequence[str], site: Site) -> list[LowRank]:
+    """The exact factors of stored updates at one layer of the same base, scale folded in, in their files' precision.
 
     Raises:
-        CheckpointError: no such layer in the file, another size, or an update that has no factors.
+        CheckpointError: no such layer in a file, or an update that has no factors.
+        FingerprintError: an adapter of another base.
     """
-    stored = _read_once(
-        str(folder), (Path(folder) / JSON_NAME).stat().st_mtime_ns if (Path(folder) / JSON_NAME).is_file() else 0
-    )
-    if site.name in stored.sizes and stored.sizes[site.name] != (site.m, site.n):
-        m, n = stored.sizes[site.name]
-        raise CheckpointError(f"{folder}: {site.name} is {m}×{n} in the file and {site.m}×{site.n} here; another base?")
-    factors = as_low_rank(stored.update(site.name))
+    found, hashes = [], weight_hashes(site.weight(), site.shape) if folders else frozenset()
+    for folder in folders:
+        pair = stored_update(folder, site)
+        _read_once(folder, _changed(folder)).check_base(site.name, hashes)
+        found.append(pair)
+    return found
+
+
+def stored_update(folder: str, site: Site) -> LowRank:
+    """As `stored_updates`, of one folder and without comparing the weights."""
+    stored = _read_once(folder, _changed(folder))
+    stored.check_size(site.name, site.m, site.n)
+    factors = as_low_rank(stored.update(site.name, lambda: site.weight().cpu()))
     if factors is None:
         raise CheckpointError(
             f"{folder} holds {stored.recipe.name!r}, whose update has no factors; take an adapter of low rank"
@@ -150,7 +198,13 @@ def stored_update(folder: str | Path, site: Site) -> LowRank:
     return LowRank(pair.B.detach(), pair.A.detach())
 
 
-@functools.lru_cache(maxsize=4)
+def _changed(folder: str) -> int:
+    """When the file was written; 0 where there is none."""
+    path = Path(folder) / JSON_NAME
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+@functools.lru_cache(maxsize=32)
 def _read_once(folder: str, changed: int) -> StoredAdapter:
     """Read for the first of many layers; `changed` tells versions of the file apart."""
     return read_stored(folder)

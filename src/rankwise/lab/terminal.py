@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import TracebackType
 
@@ -14,6 +15,12 @@ from rich.table import Table
 
 from rankwise.lab.intervals import Interval
 from rankwise.lab.result import ComparisonResult, Row
+
+
+def quiet_libraries() -> None:
+    """Keeps what installed libraries say about extensions that they could not load off the terminal; nothing here uses them."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Progress:

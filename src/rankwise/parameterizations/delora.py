@@ -87,6 +87,10 @@ class DeLoRA(Additive):
             self.register_buffer("start_B", B.clone())
 
     @classmethod
+    def prunable(cls, **arguments: Any) -> bool:
+        return arguments.get("start", "paper") == "zero"
+
+    @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
         return frozenset({"A", "B", "strength"})
 

@@ -124,6 +124,10 @@ class HadamardGates(Parameterization):
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
     @classmethod
+    def prunable(cls, **arguments: Any) -> bool:
+        return arguments.get("mode", "replace") == "residual"
+
+    @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
         mode = arguments.get("mode", "replace")
         if mode not in ("replace", "residual"):

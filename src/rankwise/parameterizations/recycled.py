@@ -30,7 +30,7 @@ from rankwise.core.errors import ArgumentError, Problem
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Facts, Site
 from rankwise.core.piece import register
-from rankwise.core.stored import stored_update
+from rankwise.core.stored import stored_update, stored_updates
 
 
 @register("parameterization")
@@ -39,7 +39,7 @@ class Recycled(Additive):
 
     Args:
         site: the layer.
-        adapters: folders that `handle.save` wrote, of adapters on the same base.
+        adapters: folders that `handle.save` wrote, of adapters on the same base; `interop.from_peft` brings PEFT's here.
         rank: r.
         components: principal directions kept of the earlier factors.
         random_components: random directions added.
@@ -66,7 +66,7 @@ class Recycled(Additive):
             raise ArgumentError(f"start is zero or uniform, not {start!r}")
         self.rank, self.start = rank, start
         width = width_of_basis(tuple(adapters), components, random_components, center)
-        known = [] if site.blank else [stored_update(folder, site).folded() for folder in adapters]
+        known = [] if site.blank else stored_updates(adapters, site)
         for letter, size in (("A", site.n), ("B", site.m)):
             columns = [pair.A.t() if letter == "A" else pair.B for pair in known]  # (size, r_t) each
             noise = site.uniform(size, random_components, bound=1.0, purpose=f"directions {letter}").double()

@@ -3,7 +3,8 @@
     block t:  y = (W_t + s·B A) x          side "B": A (r, n) ~ D frozen, B (m, r) from 0;  side "A": B ~ D frozen, A from 0
     its end:  W_{t+1} = W_t + s·B A;  a new draw;  the trained factor and its moments back to 0
 
-D is Gaussian with variance 1/r, so that E[AᵀA] = I, or orthonormal rows (columns of B). The function does not move at a draw.
+D is Gaussian with variance 1/r, so that E[AᵀA] = I, or orthonormal rows (columns of B), so that E[AᵀA] = (r/d) I and a step of
+SGD goes as far with an alpha √(d/r) times as large. The function does not move at a draw.
 LoRA's memory, half its trained numbers; after T blocks the update has rank up to T r, and it is exact at that rank. The chain
 provably reaches the solution of full fine-tuning, which no chain with both factors trained is known to do: in the metric of the
 sketch a step multiplies the gradient by a random projector H, with E[H] = (r/d) I, d = n for side "B" and m for side "A". See
