@@ -1,4 +1,9 @@
-"""Doors to other libraries: PEFT's adapter files and transformers' Trainer. Nothing of theirs is imported until used."""
+"""Doors to other libraries: PEFT's adapter files and transformers' Trainer. Nothing of theirs is imported until used.
+
+`from_peft` reads every adapter type of peft 0.21 (the table is in `peft_methods`): LORA with its scales and DoRA, ADALORA,
+VERA, RANDLORA, VBLORA, LOHA, LOKR, HIRA, GRALORA, DELORA, FOURIERFT, C3A, SHIRA, MISS, OFT, BOFT, HRA, IA3, ROAD. `to_peft`
+writes LORA, or with native=True DoRA, rsLoRA and VeRA in their own form.
+"""
 
 from __future__ import annotations
 

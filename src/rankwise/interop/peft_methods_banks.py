@@ -70,14 +70,15 @@ def _randlora_bank(folder: Path, fields: Fields, shared: Mapping[str, Tensor], t
         return _drawn(fields, rank, targets)
     narrow = max(min(t.m, t.n) for t in targets.values())
     wide = max(max(t.m, t.n) for t in targets.values())
-    least = {"A": (rank, 1, narrow), "B": (wide, -(-narrow // rank), rank)}  # PEFT may have made them larger
+    least = {"A": (rank, 1, narrow), "B": (wide, -(-narrow // rank), rank)}
     for part, size in least.items():
         found = shared.get(part)
         if found is None:
             raise _missing(folder, f"randlora_{part}", "missing", size)
-        large = found.dim() == 3 and all(have >= need for have, need in zip(found.shape, size, strict=True))
-        if not large or found.shape[0 if part == "A" else 2] != rank or (part == "A" and found.shape[1] != 1):
-            raise _missing(folder, f"randlora_{part}", str(tuple(found.shape)), size)
+        shape, exact = tuple(found.shape), (0, 1) if part == "A" else (2,)  # PEFT may have made the other sizes larger
+        fits = len(shape) == 3 and all(have >= need for have, need in zip(shape, size, strict=True))
+        if not fits or any(shape[axis] != size[axis] for axis in exact):
+            raise _missing(folder, f"randlora_{part}", f"{shape}", size)
     return {"A": shared["A"].squeeze(1), "B": shared["B"]}
 
 
