@@ -7,7 +7,7 @@ Only coefficients_A (k,) and coefficients_B (l,) are trained, k + l numbers per 
 r that time allows. A₀ ~ U(±1/√n) is frozen and drawn from the seed, the coefficients start at zero: W' = W, and only
 coefficients_B has a gradient at first. s = α / r. `variant="vit"` has no A₀ and no 1/√k, draws U(±1/√fan_in) with fan_in n and
 r, and starts all coefficients at 1/k and 1/l, beside the base. FLOPs 2r(kn + lm) once per forward and 2r(m + n) per token.
-Exactly LoRA of rank r. The matrices are drawn again in every forward and backward, `chunk` at most at a time; `share_bases` keeps one
+Exactly LoRA of rank r. The matrices are drawn again in every forward and backward, `chunk` at a time; `share_bases` keeps one
 set for all layers in memory, (k, r, n) and (l, m, r) numbers per width, which saves the drawing. In eval without gradients the
 factors are kept until the coefficients change. A checkpoint holds the coefficients, the seed and a hash of what it gives.
 
