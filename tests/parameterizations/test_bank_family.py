@@ -162,6 +162,27 @@ def test_randlora_is_one_matrix_for_many_tokens_and_factors_for_few(m: int, n: i
     assert torch.linalg.matrix_rank(update) == min(m, n)
 
 
+@pytest.mark.parametrize("pairing", ["paper", "peft"])
+@pytest.mark.parametrize(("m", "n"), [(12, 8), (8, 12), (8, 8)])
+@pytest.mark.parametrize("tokens", [1, 5, 9, 40])  # by factors, in one matrix that is made again, and in one that is kept
+def test_randloras_gradient_by_hand_is_that_of_autograd(pairing: str, m: int, n: int, tokens: int) -> None:
+    model = nn.Sequential(nn.Linear(n, m)).double()
+    scatter(rankwise.adapt_(model, rankwise.catalog.randlora(rank=3, alpha=6.0, pairing=pairing)))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    weights = rankwise.effective_weights(model)
+    plain = torch.autograd.grad(rankwise.functional_call(model, weights, x).square().sum(), [x, *named.values()])
+    for wanted in ([0, 1, 2], [0], [1, 2]):
+        leaf = x.detach().requires_grad_(0 in wanted)
+        model.requires_grad_(False)
+        for parameter in named.values():
+            parameter.requires_grad_(1 in wanted)
+        tensors = [leaf, *named.values()]
+        found = torch.autograd.grad(model(leaf).square().sum(), [tensors[index] for index in wanted])
+        for value, index in zip(found, wanted, strict=True):
+            torch.testing.assert_close(value, plain[index], rtol=1e-10, atol=1e-10)
+
+
 def peft_model(config, base: nn.Module) -> nn.Module:
     import peft
 

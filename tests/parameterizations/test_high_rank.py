@@ -194,3 +194,47 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(text: str, said: s
 def test_unknown_options_are_refused(text: str) -> None:
     with pytest.raises(ArgumentError):
         rankwise.adapt_(nn.Sequential(nn.Linear(32, 32)), rankwise.compose(text))
+
+
+class TwoReaders(nn.Module):
+    """Two layers that read the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 12), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x).square().sum() + self.two(x).square().sum()
+
+
+def test_fourierfts_layers_share_one_transform_of_an_input_and_never_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankwise.parameterizations import waves
+
+    calls: list[int] = []
+    real = waves._transformed
+    monkeypatch.setattr(waves, "_transformed", lambda x: calls.append(1) or real(x))
+    model = TwoReaders().double()
+    handle = rankwise.adapt_(model, rankwise.compose("fourierft(frequencies=40)"))
+    with torch.no_grad():
+        for k, block in enumerate(handle.blocks().values()):
+            block["coefficients"].copy_(numbers(40, seed=k))
+    trained = [block["coefficients"] for block in handle.blocks().values()]
+
+    def expected(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(rankwise.functional_call(model, rankwise.effective_weights(model), x), [x, *trained])
+
+    x = numbers(5, 8).requires_grad_()
+    loss = model(x)
+    assert len(calls) == 1
+    for found, value in zip(torch.autograd.grad(loss, [x, *trained]), expected(x), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        first = model.one(x)
+        x.mul_(2)  # in the same storage, and the layer is called alone
+        second = model.one(x)
+    weights = rankwise.effective_weights(model)
+    torch.testing.assert_close(second, x @ weights["one.weight"].t() + model.one.bias, rtol=1e-10, atol=1e-10)
+    assert not torch.equal(first, second)
+    square = numbers(8, 8, seed=3)
+    for turned in (square, square.t()):  # the same numbers in memory
+        torch.testing.assert_close(model.one(turned), turned @ weights["one.weight"].t() + model.one.bias)

@@ -15,6 +15,10 @@ from rankwise.parameterizations.tensor_cores import TensorCores
 from rankwise.parameterizations.tied import TiedLoRA
 from rankwise.parameterizations.vector_bank import VectorBank
 
+# RandLoRA's inner width, and what forward and backward take where its matrix is made.
+_INNER = "(ceil(min(m, n)/rank)*rank)"
+_AS_MATRIX = f"(m*n*{_INNER}*(1 if m*n <= T*(m + n) else 2) + min(T*{_INNER}*(m + n), m*n*(T + {_INNER})))"
+
 
 @entry(
     "parameterization",
@@ -144,7 +148,7 @@ def vblora(*, rank: int = 4, vectors: int = 256, length: int = 256, top: int = 2
     when="When the update must have full rank and full fine-tuning's memory is not there; slower than LoRA.",
     tiny={"rank": 3, "alpha": 6.0},
     numbers="ceil(min(m,n)/rank)*(rank+min(m,n))",
-    flops="2*T*ceil(min(m,n)/rank)*rank*(m+n) if T <= max(m,n) else 2*m*n*ceil(min(m,n)/rank)*rank",
+    flops=f"2*{_INNER}*(m*n if {_AS_MATRIX} < T*{_INNER}*(2*max(m, n) + 3*min(m, n)) else T*(m + n))",
     variants=(
         "randlora(rank=3, alpha=6.0, pairing='peft')",
         "randlora(rank=2, alpha=6.0, projection='sparse')",

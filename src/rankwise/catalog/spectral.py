@@ -208,12 +208,12 @@ def edora(
         "Zhang et al.", "Spectrum-Aware Parameter Efficient Fine-Tuning for Diffusion Models", 2024, "2405.21050"
     ),
     trained="min(m, n) + n_1² + n_2² + n_3², n = n_1 n_2 n_3",
-    cost="2n(n_1 + n_2 + n_3) FLOPs per token (per output on long batches) beside svfit's; one SVD per layer",
+    cost="2n(n_1 n_2 + n_3) FLOPs per token (per output on long batches) beside svfit's; one SVD per layer",
     merges="exact",
     exports="not of low rank; the best rank-r substitute with its error",
     when="To personalize a diffusion model, where inputs should turn without the spectrum growing; needs its own step.",
     numbers="min(m, n) + 3*ceil(n**(1/3))**2",
-    flops=f"{DIAGONAL_FLOPS} + 6*n*ceil(n**(1/3))*(m if {WHOLE} else T)",
+    flops=f"{DIAGONAL_FLOPS} + 2*n*ceil(n**(1/3))*(1 + ceil(n**(1/3)))*(m if {WHOLE} else T)",
     variants=("soda(decomposition='lq')", "soda(rectify=False)"),
 )
 def soda(

@@ -79,7 +79,7 @@ def lowrank_tales(*, factors: int = 2, alpha: float = 1.0) -> Recipe:
     when="To measure how hard a task is (rankwise intrinsic-dimension), and as the adapter with the fewest numbers of all.",
     tiny={"dimension": 5},
     numbers="dimension + gains",
-    flops="4*2**ceil(log2(m*n)) * (128*(ceil(log2(m*n))//7) + (2**(ceil(log2(m*n))%7) if ceil(log2(m*n))%7 else 0))",
+    flops="sum(2*2**k*(32*(k//5) + (2**(k%5) if k%5 else 0)) for k in (ceil(log2(m*n)), ceil(log2(dimension))))",
     variants=(
         "intrinsic_dimension(dimension=5, projection='dense')",
         "intrinsic_dimension(dimension=5, projection='sparse')",

@@ -36,6 +36,10 @@ class Handwritten(ABC):
         """The value where nothing is recorded; may be faster than `plain`."""
         return self.plain(*tensors)
 
+    def value_and_kept(self, needs: tuple[bool, ...], *tensors: Any) -> tuple[Tensor, Tensors]:
+        """The value and further tensors that `gradients` is given after the others; by default none."""
+        return self.value(*tensors), ()
+
     @abstractmethod
     def gradients(self, gradient: Tensor, needs: tuple[bool, ...], *tensors: Any) -> Tensors:
         """The gradients of the tensors, None where not needed. Nothing is recorded."""
@@ -50,16 +54,18 @@ class Handwritten(ABC):
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Handwritten, *tensors: Tensor | None) -> Tensor:
-        ctx.function = function
-        ctx.save_for_backward(*tensors)
-        return function.value(*tensors)
+        value, kept = function.value_and_kept(ctx.needs_input_grad[1:], *tensors)
+        ctx.function, ctx.count = function, len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         if not torch.is_grad_enabled():
-            return None, *ctx.function.gradients(gradient, needs, *tensors)
+            return None, *ctx.function.gradients(gradient, needs, *saved)
+        tensors = saved[: ctx.count]
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]  # a second derivative is wanted
         found = iter(torch.autograd.grad(ctx.function.plain(*tensors), wanted, gradient, create_graph=True, allow_unused=True))
         return None, *(next(found) if need else None for need in needs)

@@ -62,7 +62,7 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     thin: Callable[[Tensor, float], Tensor] | None = None
     mask: Callable[[Tensor, Sequence[int], float, torch.dtype], Tensor] | None = None
-    once: Callable[[Hashable, Callable[[], Tensor]], Tensor] | None = None
+    once: Callable[[Hashable, Callable[[], Any]], Any] | None = None
     bank: Bank | None = None
     shape: tuple[int, ...] = ()
     statistics: LayerStatistics | None = None

@@ -42,7 +42,7 @@ class MaskStream:
         self._pending: list[int] | None = None  # during a second pass: forwards still to be repeated
         self._shared: tuple[weakref.ref[Tensor], int, float, str, Callable[[], Tensor], Tensor, Any] | None = None
         self._calls: OrderedDict[tuple[str, float], tuple[int, str]] = OrderedDict()
-        self._kept: dict[tuple[bool, bool], tuple[Hashable, Tensor]] = {}
+        self._kept: dict[tuple[bool, bool], tuple[Hashable, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_recorded": [], "_pending": None, "_shared": None, "_calls": OrderedDict(), "_kept": {}}
@@ -55,8 +55,8 @@ class MaskStream:
         if self.counting or self.recording:
             cast(Any, _eagerly)(self._next_forward, model)
 
-    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that the layers of one forward share, made by the first that asks; the next forward makes its own.
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A tensor, or several, that the layers of one forward share, made by the first that asks; the next makes its own.
 
         `key` changes with whatever the tensor is made of. Graphs that share it may be run backward one after the other
         (checkpointed regions, two losses), so its node must save no tensors. Compiled graphs and torch.func share nothing.

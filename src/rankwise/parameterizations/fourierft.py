@@ -46,7 +46,7 @@ class FourierFT(Additive):
 
     def __init__(self, site: Site, *, frequencies: int = 1000, scale: float = 150.0, location_seed: int = 777) -> None:
         super().__init__()
-        self.scale, self.size, self.plan = float(scale), (site.m, site.n), Plan()
+        self.scale, self.size, self.plan, self.once = float(scale), (site.m, site.n), Plan(), site.once
         positions = torch.zeros(2, frequencies, dtype=torch.int64)
         if not site.blank:
             positions = positions_of(site.m, site.n, frequencies, location_seed)
@@ -73,7 +73,7 @@ class FourierFT(Additive):
         ]
 
     def update(self) -> Operator:
-        return Waves(self.coefficients, self.positions, self.size, self.scale, self._known())
+        return Waves(self.coefficients, self.positions, self.size, self.scale, self._known(), self.once)
 
     def _known(self) -> Tensor | None:
         """What `waves` needs to know of the positions, kept until they change."""

@@ -1,8 +1,10 @@
 """Random blocks that are drawn from a seed whenever they are needed and never kept: Σ_i c_i block_i, and its transpose.
 
-Block i is the i-th run of rows × columns numbers U(±bound), in float32, from one CPU generator with this seed; a few blocks are
-drawn at a time. The sum is one opaque node for autograd, torch.compile and FLOP counters: it saves no tensors, and its
-backward draws the same blocks again in the same order. The global generators are untouched.
+Block i is made of the i-th run of 64-bit words from one CPU generator with this seed. A word is four numbers of 16 bits, v + ½
+for v from -2¹⁵ to 2¹⁵ - 1, which times bound / 2¹⁵ are uniform within ±bound: exact in float32, in a quarter of the time that
+floats take. A few blocks are drawn at a time, as many as a cache holds. The sum is one opaque node for autograd, torch.compile
+and FLOP counters: it saves no tensors, and its backward draws the same blocks again in the same order. The global generators
+are untouched.
 """
 
 from __future__ import annotations
@@ -14,19 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+_LEVELS = 2**15  # numbers of 16 bits on each side of zero
+_CACHED = 2**18  # numbers that stay in a processor's cache
 
-def blocks(seed: int, count: int, size: tuple[int, int], bound: float, chunk: int) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first, blocks (up to chunk, rows, columns)), float32 on the CPU; the chunk size changes no number."""
-    rows, columns = size
-    generator = torch.Generator().manual_seed(seed)
+
+def words(seed: int, count: int, length: int, chunk: int) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first, v of up to `chunk` blocks (blocks, length)), int16 on the CPU; the chunk size changes no number."""
+    generator, per_block = torch.Generator().manual_seed(seed), -(-length // 4)
+    chunk = min(chunk, max(1, _CACHED // max(length, 1)))
     for first in range(0, count, chunk):
-        some = (min(chunk, count - first), rows, columns)
-        yield first, torch.rand(some, generator=generator, dtype=torch.float32).mul_(2).sub_(1).mul_(bound)
+        drawn = torch.empty(min(chunk, count - first), per_block, dtype=torch.int64)
+        drawn.random_(-(2**63), None, generator=generator)
+        yield first, drawn.view(torch.int16)[:, :length]
 
 
 def all_blocks(seed: int, count: int, rows: int, columns: int, bound: float) -> Tensor:
-    """Every block at once, (count, rows, columns)."""
-    return next(blocks(seed, count, (rows, columns), bound, count))[1]
+    """Every block at once, (count, rows, columns), in float64."""
+    drawn = torch.cat([part for _, part in words(seed, count, rows * columns, count)])  # (count, rows · columns)
+    return ((drawn.double() + 0.5) * (bound / _LEVELS)).view(count, rows, columns)
 
 
 def _like(block: Tensor, other: Tensor) -> Tensor:
@@ -36,22 +43,20 @@ def _like(block: Tensor, other: Tensor) -> Tensor:
 @torch.library.custom_op("rankwise::combine_generated", mutates_args=())
 def combine(coefficients: Tensor, seed: int, rows: int, columns: int, bound: float, chunk: int) -> Tensor:
     """Σ_i coefficients[i] block_i, (rows, columns), in the dtype of the coefficients (k,)."""
-    total = torch.zeros(rows, columns, dtype=torch.promote_types(coefficients.dtype, torch.float32), device=coefficients.device)
-    for first, drawn in blocks(seed, coefficients.shape[0], (rows, columns), bound, chunk):
-        drawn = _like(drawn, coefficients)
-        part = coefficients[first : first + drawn.shape[0]].to(drawn.dtype)  # (chunk,)
-        total += (part @ drawn.flatten(1)).reshape(rows, columns)
-    return total.to(coefficients.dtype)
+    wide = coefficients.to(torch.promote_types(coefficients.dtype, torch.float32))
+    total = wide.new_zeros(rows * columns)
+    for first, drawn in words(seed, wide.shape[0], rows * columns, chunk):
+        total += wide[first : first + drawn.shape[0]] @ _like(drawn, wide)
+    total = (total + 0.5 * wide.sum()) * (bound / _LEVELS)
+    return total.view(rows, columns).to(coefficients.dtype)
 
 
 @torch.library.custom_op("rankwise::correlate_generated", mutates_args=())
 def correlate(matrix: Tensor, count: int, seed: int, bound: float, chunk: int) -> Tensor:
     """⟨block_i, matrix⟩ for every i, (count,): the transpose of `combine`."""
-    found = []
-    for _, drawn in blocks(seed, count, (matrix.shape[0], matrix.shape[1]), bound, chunk):
-        drawn = _like(drawn, matrix)
-        found.append(drawn.flatten(1) @ matrix.flatten().to(drawn.dtype))  # (chunk,)
-    return torch.cat(found).to(matrix.dtype)
+    flat = matrix.flatten().to(torch.promote_types(matrix.dtype, torch.float32))
+    found = [_like(drawn, flat) @ flat for _, drawn in words(seed, count, flat.shape[0], chunk)]  # (chunk,) each
+    return ((torch.cat(found) + 0.5 * flat.sum()) * (bound / _LEVELS)).to(matrix.dtype)
 
 
 @combine.register_fake

@@ -6,8 +6,8 @@ With mn = min(m, n) and mx = max(m, n) there are N = ⌈mn / r⌉ bases: B_j = B
 one pair shared by the model, frozen; Lambda (r, N) starts at zero, Gamma (N, mn) at 1 / max(N, mn), so W' = W. The *smaller*
 r, the more is trained: r N + N mn numbers, about mn²/r. s = α / r. The pair is drawn by a private CPU generator, A first:
 uniform ("dense"), or -1, 0, +1 with P(±1) = 1/3 together ("sparse") or 1/√mn_max ("very_sparse"), then divided by its standard
-deviation; a checkpoint holds seed and hash. A layer with more than max(m, n) tokens makes D once, 2 mx mn N r FLOPs, and is
-one product with W + s D; with fewer the factors act, 2 N r (m + n) per token. Full rank in general, so it exports as LoRA only
+deviation; a checkpoint holds seed and hash. With many tokens a layer makes W + s D once, 2 mx mn N r FLOPs, for one product;
+with few the factors act, 2 N r (m + n) per token (see `many_bases`). Full rank in general, so it exports as LoRA only
 by truncation.
 
 `pairing="peft"` flattens the two factors in different orders, as the release and PEFT do: column (j, k) of B meets row (k',
@@ -30,38 +30,12 @@ from torch import Tensor, nn
 from rankwise.core.bank import Bank
 from rankwise.core.combinators import Dropped
 from rankwise.core.errors import ArgumentError
-from rankwise.core.layouts import ConvLayout, Layout
-from rankwise.core.operators import Base, Dense, LowRank, Operator
+from rankwise.core.operators import Operator
 from rankwise.core.parameterization import Additive, Facts, Site
 from rankwise.core.piece import register
+from rankwise.parameterizations.many_bases import Bases
 
 PAIRINGS, PROJECTIONS = ("paper", "peft"), ("dense", "sparse", "very_sparse")
-
-
-class Bases(Operator):
-    """scale · B A with an inner width beyond min(m, n): as factors for few tokens, as one matrix for many."""
-
-    def __init__(self, B: Tensor, A: Tensor, scale: float) -> None:
-        self.pair = LowRank(B, A, scale)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.pair.shape
-
-    def dense(self) -> Tensor:
-        return self.pair.dense()
-
-    def best(self, x: Tensor, layout: Layout) -> Operator:
-        """The cheaper of the two forms for this input."""
-        channels = 1 if not x.is_floating_point() else x.shape[1 if isinstance(layout, ConvLayout) else -1]
-        return Dense(self.dense()) if x.numel() // max(1, channels) > max(self.shape) else self.pair
-
-    def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        return self.best(x, layout).apply(x, layout)
-
-    def add_to_base(self, base: Base, x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor | None:
-        """See `Dense.add_to_base`."""
-        return self.best(x, layout).add_to_base(base, x, layout, bias)
 
 
 @register("parameterization")
@@ -130,11 +104,10 @@ class RandomBases(Additive):
         return Bank.drawn({"A": (rank, narrow), "B": (wide, -(-narrow // rank), rank)}, draw, seed=sites[0].seed)
 
     def update(self) -> Operator:
-        narrow, (r, N) = min(self.m, self.n), self.Lambda.shape
+        narrow, N = min(self.m, self.n), self.Lambda.shape[1]
         A, B = self.bank["A"][:, :narrow], self.bank["B"][: max(self.m, self.n), :N].flatten(1)  # (r, mn), (mx, N r)
-        order = (lambda t: t.transpose(0, 1)) if self.pairing == "paper" else (lambda t: t)
-        rows = order(self.Lambda[:, :, None] * A[:, None, :] * self.Gamma).reshape(N * r, narrow)  # (N r, mn)
-        update = Bases(B, rows, self.scale) if self.m >= self.n else Bases(rows.t(), B.t(), self.scale)
+        paper, tall = self.pairing == "paper", self.m >= self.n
+        update = Bases(B, A, self.Lambda, self.Gamma, self.scale, paper=paper, tall=tall)
         return Dropped(update, self.dropout, self.thin) if self.training and self.dropout and self.thin else update
 
     def restart(self, site: Site) -> None:

@@ -11,7 +11,7 @@ Exactly LoRA of rank r. The matrices are drawn again in every forward and backwa
 set for all layers in memory, (k, r, n) and (l, m, r) numbers per width, which saves the drawing. In eval without gradients the
 factors are kept until the coefficients change. A checkpoint holds the coefficients, the seed and a hash of what it gives.
 
-*Differs* from the release: private CPU generators in float32, whatever device and dtype; both variants have s = α / r with α =
+*Differs* from the release: private CPU generators, 2¹⁶ levels whatever device and dtype; both variants have s = α / r with α =
 r by default (the release's vit divides by r: alpha=1).
 
 Koohpayegani, Navaneet, Nooralinejad, Kolouri, Pirsiavash: NOLA: Compressing LoRA using Linear Combination of Random Basis,

@@ -4,10 +4,10 @@
 
 W = U Σ Vᵀ (thin, k = min(m, n)); U (m, k), σ (k,), V (n, k) frozen; δ (k,) trained from `start_delta`, Q_i (n_i, n_i) trained
 from the identity, kept orthogonal by their own step (`steps.stiefel`). δ = 0 and Q = I is the base to the bit. The singular
-values of W' are relu(σ + δ) whatever Q is, and W' W'ᵀ does not depend on Q. Qᵀ meets the input as three small products,
-2n(n_1 + n_2 + n_3) FLOPs per token, indices in C order as in `torch.kron`; the spectrum costs what SVFit's does. Trained
-numbers k + n_1² + n_2² + n_3². `decomposition="lq"`: W = L Q_0, L (m, k) lower triangular with a diagonal ≥ 0, which takes
-the place of σ: U = the first k unit vectors, Vᵀ = Q_0. Full rank; merges exactly.
+values of W' are relu(σ + δ) whatever Q is, and W' W'ᵀ does not depend on Q. Qᵀ meets the input as small products, 2n(n_1 n_2 +
+n_3) FLOPs per token, or 2n(n_1 + n_2 + n_3) where n_1 n_2 > 64, indices in C order as in `torch.kron`; the spectrum costs what
+SVFit's does. Trained numbers k + n_1² + n_2² + n_3². `decomposition="lq"`: W = L Q_0, L (m, k) lower triangular with a diagonal
+≥ 0, which takes the place of σ: U = the first k unit vectors, Vᵀ = Q_0. Full rank; merges exactly.
 
 Where σ + δ ≤ 0 the rectifier stops the gradient: a zero singular value of W moves only with `start_delta` > 0 (1e-3 in the
 release, which does not start at the base) or `rectify=False`. Weight decay on Q_i pulls it off the orthogonal group; AdamW

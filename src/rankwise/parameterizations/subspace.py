@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +37,6 @@ from rankwise.core.piece import register
 from rankwise.core.randomness import generator_for
 from rankwise.parameterizations.intrinsic import PROJECTIONS, Projection
 from rankwise.parameterizations.plan import can_plan
-
-
-class _Projected(torch.autograd.Function):
-    """P v as a node that saves no tensors, so that one result can serve graphs that are run backward one by one."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, projection: Projection) -> Tensor:
-        ctx.projection = projection
-        return projection.project(v)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.projection.adjoint(gradients[0]), None
 
 
 @register("parameterization")
@@ -75,8 +62,8 @@ class Subspace(Additive):
         object.__setattr__(self, "bank", site.bank)  # a child of the model's root already
         self.kind, self.scope, self.once, self.m, self.n = projection, scope, site.once, site.m, site.n
         self.place = site.bank["layers"].tolist().index(_hash(site.name))
-        self.offset = 0 if scope == "tensor" else int(site.bank["offsets"][self.place])
-        self.size = site.m * site.n if scope == "tensor" else int(site.bank["offsets"][-1])
+        offsets = site.bank["offsets"].tolist()
+        self.counts = [site.m * site.n] if scope == "tensor" else [b - a for a, b in itertools.pairwise(offsets)]
         self.gain = nn.Parameter(site.zeros(1)[0] + 1) if gains else None  # ()
 
     @classmethod
@@ -111,27 +98,24 @@ class Subspace(Additive):
                 tensors[f"{key}_{number}"] = first.cast(tensor) if tensor.is_floating_point() else tensor.to(first.device)
         return Bank(tensors, seed=first.seed)
 
-    def projected(self) -> Tensor:
-        """P v: of all layers (D,), or of this one (m·n,)."""
+    def projected(self) -> tuple[Tensor, ...]:
+        """P v, by layer: (m·n,) of each, or of this one alone."""
         v = self.bank["v"]
         number = self.place if self.scope == "tensor" else 0
         names = {key: key.rpartition("_") for key, _ in self.bank.named_buffers()}
         tensors = {name: self.bank[key] for key, (name, _, index) in names.items() if index == str(number)}
-        projection = _kind(self.kind)(self.size, v.shape[0], tensors=tensors)
+        projection = _kind(self.kind)(sum(self.counts), v.shape[0], tensors=tensors)
         with torch.autocast(v.device.type, enabled=False):
-            wide = v.to(torch.promote_types(v.dtype, torch.float32))
-            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-                return projection.project(wide)
-            return cast(Tensor, _Projected.apply(wide, projection))
+            return projection.cut(v.to(torch.promote_types(v.dtype, torch.float32)), self.counts)
 
     def update(self) -> Operator:
         v = self.bank["v"]
         shareable = self.scope == "model" and not torch.compiler.is_compiling() and can_plan([v])
         if shareable and self.once is not None:
-            vector = self.once((v.data_ptr(), v._version, v.dtype, v.device), self.projected)
+            parts = self.once((v.data_ptr(), v._version, v.dtype, v.device), self.projected)
         else:
-            vector = self.projected()
-        change = vector[self.offset : self.offset + self.m * self.n].view(self.m, self.n)
+            parts = self.projected()
+        change = parts[self.place if len(parts) > 1 else 0].view(self.m, self.n)
         return Dense(change if self.gain is None else change * self.gain)
 
 

@@ -8,6 +8,7 @@ spectra suffice: (p, q) and (m - p, n - q) are the same wave, and X(n - q) is th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from rankwise.core.queries import narrow_form
 from rankwise.core.sparse_linear import product_at
 
 _TRANSFORM = 15.0  # FLOPs of a matrix product that take as long as a transform of length l, over l log₂ l; there and back
+
+Once = Callable[[Hashable, Callable[[], Any]], Any]
 
 
 def _matrix(coefficients: Tensor, positions: Tensor, size: tuple[int, int], scale: float) -> Tensor:
@@ -57,16 +60,25 @@ def _transformed(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Waved(Handwritten):
     """(x (T, n), c, positions) -> y (T, m) in x's dtype, float32 or float64."""
 
-    def __init__(self, size: tuple[int, int], scale: float, known: Tensor) -> None:
-        self.size, self.scale, self.known = size, scale, known
+    def __init__(self, size: tuple[int, int], scale: float, known: Tensor, once: Once | None) -> None:
+        self.size, self.scale, self.known, self.once = size, scale, known, once
 
     def plain(self, *tensors: Any) -> Tensor:
         x, coefficients, positions = tensors
         return F.linear(x, _matrix(coefficients, positions, self.size, self.scale).to(x.dtype))
 
-    def value(self, *tensors: Any) -> Tensor:
+    def value_and_kept(self, needs: tuple[bool, ...], *tensors: Any) -> tuple[Tensor, Tensors]:
         x, coefficients, _ = tensors
-        return self._through(_transformed(x), coefficients, self.known[0], self.size)
+        spectrum = self._spectrum(x)
+        y = self._through(spectrum, coefficients, self.known[0], self.size)
+        return y, (spectrum if needs[1] else (None, None))
+
+    def _spectrum(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The transform of x, made and kept once for layers that read the same x; x is held with it."""
+        if self.once is None or x.is_inference():
+            return _transformed(x)
+        key = ("waves", x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device)
+        return self.once(key, lambda: (x.detach(), _transformed(x)))[1]
 
     def _through(self, spectrum: tuple[Tensor, Tensor], c: Tensor, half: Tensor, size: tuple[int, ...]) -> Tensor:
         (m, n), (rows, columns, sign, order) = size, half
@@ -82,25 +94,34 @@ class _Waved(Handwritten):
         return torch.fft.irfft(torch.view_as_complex(joined), n=m)
 
     def gradients(self, gradient: Tensor, needs: tuple[bool, ...], *tensors: Any) -> Tensors:
-        x, coefficients, _ = tensors
+        _, coefficients, _, *spectrum = tensors
         (m, n), g = self.size, _transformed(gradient)
         x_gradient = self._through(g, coefficients, self.known[1], (n, m)) if needs[0] else None
         if not needs[1]:
             return x_gradient, None, None
         rows, columns, sign, order = self.known[0]
-        flat, spectrum = rows * (n // 2 + 1) + columns, _transformed(x)
+        flat = rows * (n // 2 + 1) + columns
         total = product_at(g[0], spectrum[0], flat) + sign * product_at(g[1], spectrum[1], flat)
         return x_gradient, torch.empty_like(total).index_copy(0, order, total * (self.scale / (m * n))), None
 
 
 class Waves(Operator):
-    """A sum of plane waves with amplitudes (n_f,) at integer positions (2, n_f); `known` is their `halves`, where kept."""
+    """A sum of plane waves with amplitudes (n_f,) at integer positions (2, n_f); `known` is their `halves`, where kept.
+
+    `once` shares a tensor between the layers of one forward (see `Site`).
+    """
 
     def __init__(
-        self, coefficients: Tensor, positions: Tensor, size: tuple[int, int], scale: float, known: Tensor | None = None
+        self,
+        coefficients: Tensor,
+        positions: Tensor,
+        size: tuple[int, int],
+        scale: float,
+        known: Tensor | None = None,
+        once: Once | None = None,
     ) -> None:
         self.coefficients, self.positions, self.size, self.scale = coefficients, positions, size, scale
-        self.known = known
+        self.known, self.once = known, once
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -138,7 +159,7 @@ class Waves(Operator):
         if not wide.shape[0]:
             return super().apply(x, layout)
         known = halves(self.positions, self.size) if self.known is None else self.known
-        y = _Waved(self.size, self.scale, known)(wide, self.coefficients, self.positions)
+        y = _Waved(self.size, self.scale, known, self.once)(wide, self.coefficients, self.positions)
         return y.reshape(*x.shape[:-1], self.size[0]).to(dtype)
 
 
