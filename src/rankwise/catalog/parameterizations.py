@@ -17,8 +17,6 @@ from rankwise.parameterizations.lora import LoRA
 from rankwise.parameterizations.magnitude import Magnitude
 from rankwise.parameterizations.reference_conv import ReferenceConvLoRA
 from rankwise.parameterizations.shard_share import ShardShare
-from rankwise.parameterizations.shared_bank import SharedBank
-from rankwise.parameterizations.small_core import SmallCore
 from rankwise.parameterizations.tucker import TuckerCore
 
 
@@ -184,86 +182,6 @@ def dora(
         direction=direction,
     )
     return adapter(chosen, name="dora")
-
-
-@entry(
-    "parameterization",
-    title="VeRA",
-    formula="W + diag(b) B diag(d) A, one frozen random pair B, A for all layers",
-    reference=Reference("Kopiczko et al.", "VeRA: Vector-based Random Matrix Adaptation", 2023, "2310.11454"),
-    trained="m + r",
-    cost="2r(m + n) FLOPs per token, at a larger r than LoRA's",
-    merges="exact",
-    exports="exact at rank r",
-    when="When very many adapters must be stored; it needs about ten times LoRA's learning rate.",
-    tiny={"rank": 4},
-    numbers="m+rank",
-    flops="2*T*rank*(m+n)",
-)
-def vera(
-    *,
-    rank: int = 256,
-    d_initial: float = 0.1,
-    dropout: float = 0.0,
-    train: str = "both",
-    share: bool = True,
-    save_projections: bool = False,
-) -> Recipe:
-    """Trains two vectors per layer around one frozen random pair that all layers share."""
-    if train == "d" and d_initial != 0.1:
-        raise ArgumentError("with train='d' the vector d starts at 0, so d_initial would have no effect; leave it out")
-    chosen = piece(
-        SharedBank,
-        rank=rank,
-        d_initial=d_initial,
-        dropout=dropout,
-        train=train,
-        share=share,
-        save_projections=save_projections,
-    )
-    return adapter(chosen, name="vera")
-
-
-@entry(
-    "parameterization",
-    title="LoRA-XS",
-    formula="W + s·U_r R Σ_r V_rᵀ, R trained",
-    reference=Reference(
-        "Bałazy et al.", "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024, "2405.17604"
-    ),
-    trained="r²",
-    cost="2r(m + n) + 2r² FLOPs per token; one SVD per layer at the start",
-    merges="exact",
-    exports="exact at rank r",
-    when="When only a few thousand numbers may be trained; use a large rank, since it costs r².",
-    tiny={"rank": 2},
-    numbers="rank**2",
-    flops="2*T*rank*(m+n) + 2*T*rank**2",
-)
-def lora_xs(
-    *,
-    rank: int = 8,
-    alpha: float | None = None,
-    core_std: float = 1e-5,
-    dropout: float = 0.0,
-    frames: str = "svd",
-    singular_values: str = "input",
-    iterations: int | None = None,
-) -> Recipe:
-    """Trains an r × r core between the leading singular vectors of each weight."""
-    if frames == "kaiming" and (singular_values != "input" or iterations is not None):
-        raise ArgumentError("frames='kaiming' decomposes nothing, so singular_values and iterations would have no effect")
-    chosen = piece(
-        SmallCore,
-        rank=rank,
-        alpha=alpha,
-        core_std=core_std,
-        dropout=dropout,
-        frames=frames,
-        singular_values=singular_values,
-        iterations=iterations,
-    )
-    return adapter(chosen, name="lora_xs")
 
 
 @entry(

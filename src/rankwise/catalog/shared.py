@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from rankwise.catalog.building import adapter
 from rankwise.core.catalog import Reference, entry
+from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.random_bases import RandomBases
 from rankwise.parameterizations.random_basis import RandomBasis
 from rankwise.parameterizations.recycled import Recycled
+from rankwise.parameterizations.shared_bank import SharedBank
 from rankwise.parameterizations.tensor_cores import TensorCores
 from rankwise.parameterizations.tied import TiedLoRA
 from rankwise.parameterizations.vector_bank import VectorBank
@@ -18,6 +20,44 @@ from rankwise.parameterizations.vector_bank import VectorBank
 # RandLoRA's inner width, and what forward and backward take where its matrix is made.
 _INNER = "(ceil(min(m, n)/rank)*rank)"
 _AS_MATRIX = f"(m*n*{_INNER}*(1 if m*n <= T*(m + n) else 2) + min(T*{_INNER}*(m + n), m*n*(T + {_INNER})))"
+
+
+@entry(
+    "parameterization",
+    title="VeRA",
+    formula="W + diag(b) B diag(d) A, one frozen random pair B, A for all layers",
+    reference=Reference("Kopiczko et al.", "VeRA: Vector-based Random Matrix Adaptation", 2023, "2310.11454"),
+    trained="m + r",
+    cost="2r(m + n) FLOPs per token, at a larger r than LoRA's",
+    merges="exact",
+    exports="exact at rank r",
+    when="When very many adapters must be stored; it needs about ten times LoRA's learning rate.",
+    tiny={"rank": 4},
+    numbers="m+rank",
+    flops="2*T*rank*(m+n)",
+)
+def vera(
+    *,
+    rank: int = 256,
+    d_initial: float = 0.1,
+    dropout: float = 0.0,
+    train: str = "both",
+    share: bool = True,
+    save_projections: bool = False,
+) -> Recipe:
+    """Trains two vectors per layer around one frozen random pair that all layers share."""
+    if train == "d" and d_initial != 0.1:
+        raise ArgumentError("with train='d' the vector d starts at 0, so d_initial would have no effect; leave it out")
+    chosen = piece(
+        SharedBank,
+        rank=rank,
+        d_initial=d_initial,
+        dropout=dropout,
+        train=train,
+        share=share,
+        save_projections=save_projections,
+    )
+    return adapter(chosen, name="vera")
 
 
 @entry(

@@ -12,6 +12,7 @@ from rankwise.parameterizations.lower_upper import LowerUpper
 from rankwise.parameterizations.nested import NestedCore
 from rankwise.parameterizations.singular_values import SingularValues
 from rankwise.parameterizations.skeleton import Skeleton
+from rankwise.parameterizations.small_core import SmallCore
 from rankwise.parameterizations.spectral_rotation import SpectralRotation
 from rankwise.parameterizations.two_magnitudes import TwoMagnitudes
 from rankwise.steps.stiefel import stiefel_adam
@@ -19,6 +20,48 @@ from rankwise.steps.stiefel import stiefel_adam
 # A diagonal in a frame of r = min(m, n): the product once per forward, or factor by factor, whatever is less work in training.
 WHOLE = "m*n*(2*min(m, n) + T) < 2*T*min(m, n)*(m + n)"
 DIAGONAL_FLOPS = f"min(m, n)*(2*m*n if {WHOLE} else 2*T*(m + n))"
+
+
+@entry(
+    "parameterization",
+    title="LoRA-XS",
+    formula="W + s·U_r R Σ_r V_rᵀ, R trained",
+    reference=Reference(
+        "Bałazy et al.", "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024, "2405.17604"
+    ),
+    trained="r²",
+    cost="2r(m + n) + 2r² FLOPs per token; one SVD per layer at the start",
+    merges="exact",
+    exports="exact at rank r",
+    when="When only a few thousand numbers may be trained; use a large rank, since it costs r².",
+    tiny={"rank": 2},
+    numbers="rank**2",
+    flops="2*T*rank*(m+n) + 2*T*rank**2",
+)
+def lora_xs(
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    core_std: float = 1e-5,
+    dropout: float = 0.0,
+    frames: str = "svd",
+    singular_values: str = "input",
+    iterations: int | None = None,
+) -> Recipe:
+    """Trains an r × r core between the leading singular vectors of each weight."""
+    if frames == "kaiming" and (singular_values != "input" or iterations is not None):
+        raise ArgumentError("frames='kaiming' decomposes nothing, so singular_values and iterations would have no effect")
+    chosen = piece(
+        SmallCore,
+        rank=rank,
+        alpha=alpha,
+        core_std=core_std,
+        dropout=dropout,
+        frames=frames,
+        singular_values=singular_values,
+        iterations=iterations,
+    )
+    return adapter(chosen, name="lora_xs")
 
 
 @entry(

@@ -38,7 +38,7 @@ from rankwise.core.targets import Target
 from rankwise.interop.peft_config import check_config
 from rankwise.interop.peft_method import Fields, PeftMethod, contradiction, letters_of
 from rankwise.interop.peft_methods import METHODS
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 CONFIG_NAME, TENSORS_NAME, PICKLED_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -16,7 +16,7 @@ from rankwise.core.parameterization import Parameterization
 from rankwise.core.queries import svd
 from rankwise.core.recipe import Recipe
 from rankwise.interop.peft_method import LOW_RANK_TROUBLES, Fields, Filling, Form, PeftMethod, PeftSite, named
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights that leave W alone
 REFUSED = {

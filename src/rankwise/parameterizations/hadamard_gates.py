@@ -34,7 +34,7 @@ from rankwise.core.operators import Base, LowRank, Operator, compute_dtype
 from rankwise.core.parameterization import Facts, Parameterization, Site
 from rankwise.core.piece import register
 from rankwise.core.routing import gathered
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 
 class Gates(Operator):

@@ -32,7 +32,7 @@ from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Site
 from rankwise.core.piece import register
 from rankwise.parameterizations.hadamard_product import HadamardProduct
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 STARTS = ("zero", "lycoris")
 

@@ -32,7 +32,7 @@ from rankwise.core.operators import Operator
 from rankwise.core.parameterization import Additive, Site
 from rankwise.core.piece import register
 from rankwise.core.structured import Kronecker
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 
 def split(dim: int, factor: int = -1) -> tuple[int, int]:

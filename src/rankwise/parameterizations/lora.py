@@ -30,16 +30,7 @@ from rankwise.core.parameterization import FROZEN_OUTPUT, INPUT, OUTPUT, PAIR, P
 from rankwise.core.piece import register
 from rankwise.core.queries import svd
 from rankwise.parameterizations.corrected import correct_gradient
-
-SCALES = ("lora", "rslora", "constant")
-
-
-def scale_of(policy: str, alpha: float | None, rank: int) -> float:
-    """The scale s of a policy: alpha / r, alpha / √r, or alpha. alpha None means r, so that s is 1 (or √r)."""
-    value = float(rank if alpha is None else alpha)
-    if policy not in SCALES:
-        raise ArgumentError(f"scale is one of {', '.join(SCALES)}, not {policy!r}")
-    return {"lora": value / rank, "rslora": value / math.sqrt(rank), "constant": value}[policy]
+from rankwise.parameterizations.scaling import scale_of
 
 
 @register("parameterization")
@@ -79,9 +70,7 @@ class LoRA(Additive):
     ) -> None:
         super().__init__()
         if correct is not None and not freeze_input:
-            raise ArgumentError(
-                "the correction is for a frozen input factor (lora_fa): with A trained, use scaled_gd or reflora"
-            )
+            raise ArgumentError("the correction is for a frozen input factor (lora_fa); with A trained use scaled_gd")
         if freeze_input and freeze_output:
             raise ArgumentError("freeze_input and freeze_output together leave nothing to train; choose one")
         if not 0.0 <= dropout < 1.0:

@@ -33,7 +33,7 @@ from rankwise.core.operators import Chain, Operator
 from rankwise.core.parameterization import Additive, Site
 from rankwise.core.piece import register
 from rankwise.parameterizations.frame import Composed, Framed
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 STARTS = ("lu", "constant", "normal", "uniform")
 

@@ -29,7 +29,7 @@ from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Site
 from rankwise.core.piece import register
 from rankwise.parameterizations.cayley import misfit
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 
 @register("parameterization")

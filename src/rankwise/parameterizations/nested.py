@@ -33,7 +33,7 @@ from rankwise.core.parameterization import Additive, Facts, Site
 from rankwise.core.piece import register
 from rankwise.core.statistics import Statistic
 from rankwise.parameterizations.frame import Framed
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 SPLITS, OUTER = ("both", "input", "none"), ("svd", "awsvd")
 

@@ -34,8 +34,8 @@ from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Facts, Site
 from rankwise.core.piece import register
 from rankwise.parameterizations.generated import all_blocks, combine
-from rankwise.parameterizations.lora import scale_of
 from rankwise.parameterizations.plan import Plan, can_plan
+from rankwise.parameterizations.scaling import scale_of
 
 PROBE = 16  # numbers of each stream whose hash a checkpoint keeps
 

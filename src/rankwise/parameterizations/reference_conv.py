@@ -26,7 +26,7 @@ from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Facts, Site
 from rankwise.core.piece import register
 from rankwise.core.queries import narrow_form
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 
 class Viewed(Operator):

@@ -32,7 +32,7 @@ from rankwise.core.parameterization import PRODUCT, Additive, Facts, Site
 from rankwise.core.piece import register
 from rankwise.core.queries import SVD, svd
 from rankwise.parameterizations.frame import Framed
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 
 @register("parameterization")

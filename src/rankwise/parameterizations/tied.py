@@ -31,7 +31,7 @@ from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Chain, Operator
 from rankwise.core.parameterization import Additive, Site
 from rankwise.core.piece import register
-from rankwise.parameterizations.lora import scale_of
+from rankwise.parameterizations.scaling import scale_of
 
 LETTERS = ("A", "B", "u", "v")
 

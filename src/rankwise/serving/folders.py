@@ -14,7 +14,8 @@ from rankwise.core.checkpoint import JSON_NAME, read
 from rankwise.core.errors import CheckpointError, shorten
 from rankwise.core.operators import LowRank
 from rankwise.core.recipe import Recipe
-from rankwise.parameterizations.lora import LoRA, scale_of
+from rankwise.parameterizations.lora import LoRA
+from rankwise.parameterizations.scaling import scale_of
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(LoRA).parameters.items()}
 
