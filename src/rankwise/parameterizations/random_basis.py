@@ -11,11 +11,9 @@ Exactly LoRA of rank r. The matrices are drawn again in every forward and backwa
 set for all layers in memory, (k, r, n) and (l, m, r) numbers per width, which saves the drawing. In eval without gradients the
 factors are kept until the coefficients change. A checkpoint holds the coefficients, the seed and a hash of what it gives.
 
-*Differs* from the release: private CPU generators, 2¹⁶ levels whatever device and dtype; both variants have s = α / r with α =
-r by default (the release's vit divides by r: alpha=1).
+*Differs* from the release: private CPU generators, 2¹⁶ levels whatever device and dtype; s = α / r with α = r in both variants.
 
-Koohpayegani, Navaneet, Nooralinejad, Kolouri, Pirsiavash: NOLA: Compressing LoRA using Linear Combination of Random Basis,
-2023, arXiv:2310.02556.
+Koohpayegani et al.: NOLA: Compressing LoRA using Linear Combination of Random Basis, 2023, arXiv:2310.02556.
 """
 
 from __future__ import annotations
