@@ -8,9 +8,9 @@ import itertools
 
 import pytest
 import torch
-from rankwise.approximations.alternating import als, hadamard_als, nearest_khatri_rao, nearest_kronecker
 
 import rankwise as rw
+from rankwise.approximations.alternating import als, hadamard_als, nearest_khatri_rao, nearest_kronecker
 from tests.oracles.tools import adapted, backward, close, fill, grad, linear, put, randn
 
 
