@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from pathlib import Path
@@ -109,20 +110,28 @@ def shard(loop: Any, make_optimizer: Any) -> None:
     loop.is_fsdp_enabled, loop.optimizer, loop.optimizer_cls_and_kwargs = True, None, (make_optimizer, {"lr": 0.3})
 
 
+def one(mode: str, kind: str, folder: Path) -> None:
+    """Trains and saves one recipe; what it made is gone at its end."""
+    rank = dist.get_rank()
+    handle = make(kind)
+    model = under_ddp(handle) if mode == "ddp" else under_fsdp(handle)
+    save_file(train(handle, model, kind, rank, dist.get_world_size()), folder / f"{kind}.{rank}.safetensors")
+    if mode == "fsdp" or rank == 0:
+        handle.save(folder / kind)
+
+
 def main(mode: str, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
     if mode.startswith("trainer"):
+        rank = dist.get_rank()
         save_file(under_trainer(folder, mode == "trainer_fsdp"), folder / f"trainer.{rank}.safetensors")
     else:
         for kind in RECIPES:
-            handle = make(kind)
-            model = under_ddp(handle) if mode == "ddp" else under_fsdp(handle)
-            save_file(train(handle, model, kind, rank, world), folder / f"{kind}.{rank}.safetensors")
-            if mode == "fsdp" or rank == 0:
-                handle.save(folder / kind)
+            one(mode, kind, folder)
+    gc.collect()  # a wrapped model that outlives the group can wait for its threads forever
+    dist.barrier()
     dist.destroy_process_group()
 
 
