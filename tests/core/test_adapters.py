@@ -235,3 +235,19 @@ def test_names_that_would_hide_an_attribute_are_refused_before_anything_is_chang
         with pytest.raises(ArgumentError, match="cannot be an adapter's name"):
             rankwise.adapt_(net, rankwise.catalog.lora(rank=2), name=name)
     assert all(list(handle.adapters(site)) == ["default"] for site in handle.targets)
+
+
+def test_a_second_adapter_in_the_weight_binding_changes_the_bias_too() -> None:
+    """The first one leaves the bias alone, so nothing was registered for it."""
+    outputs = []
+    for binding in ("path", "weight"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(6, 4)).double()
+            x = torch.randn(5, 6, dtype=torch.float64)
+        rankwise.adapt_(model, rankwise.catalog.lora(rank=2), name="first", binding=binding)
+        handle = rankwise.adapt_(model, rankwise.catalog.ia3(), name="second", binding=binding)
+        with torch.no_grad():
+            handle.blocks()["0"]["gain"].copy_(torch.arange(4) / 2.0)
+        outputs.append(model(x))
+    torch.testing.assert_close(outputs[0], outputs[1])

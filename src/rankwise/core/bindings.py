@@ -194,8 +194,9 @@ def attach(target: Target, name: str, entry: Parameterization, *, binding: str) 
             layer.__class__ = adapted_class(type(layer))
         else:
             parametrize.register_parametrization(layer, "weight", ReparameterizedWeight(adapters, target), unsafe=True)
-            if entry.changes_bias and getattr(layer, "bias", None) is not None:
-                parametrize.register_parametrization(layer, "bias", ReparameterizedBias(adapters), unsafe=True)
+    needed = entry.changes_bias and getattr(layer, "bias", None) is not None  # an earlier adapter may have left it alone
+    if needed and parametrize.is_parametrized(layer, "weight") and not parametrize.is_parametrized(layer, "bias"):
+        parametrize.register_parametrization(layer, "bias", ReparameterizedBias(adapters), unsafe=True)
     adapters[name] = entry
     return adapters
 
