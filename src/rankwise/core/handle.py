@@ -21,7 +21,7 @@ from rankwise.core.protocols import Decision, Freeze, Perturbation, Procedure, R
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
-from rankwise.core.step import BlockOptimizer
+from rankwise.core.step import BlockOptimizer, SiteBlock
 from rankwise.core.targets import Target
 
 
@@ -148,8 +148,17 @@ class Handle:
             raise TrainingError(
                 f"no tensor of adapter {self.name!r} is trained; it was loaded with trainable=False or for inference, or frozen"
             )
+        facts = {
+            site: SiteBlock(site=site, scale=self.parameterization(site).scale, shape=target.mode_shape())
+            for site, target in self.targets.items()
+        }
         self._optimizer = BlockOptimizer(
-            {**self.blocks(), **plain}, steps_with(self.recipe, overrides), lr, plain=plain, before=self._before_step
+            {**self.blocks(), **plain},
+            steps_with(self.recipe, overrides),
+            lr,
+            plain=plain,
+            before=self._before_step,
+            facts=facts,
         )
         return self._optimizer
 

@@ -16,7 +16,39 @@ from torch import Tensor
 Block = Mapping[str, Tensor]
 State = dict[str, dict[str, Tensor]]  # role -> name -> tensor
 
-GRADIENT, MOMENTS, DIRECTION = "gradient", "moments", "direction"  # the three stages of a chain, in order
+GRADIENT, CLIPPING, MOMENTS, DIRECTION = "gradient", "clipping", "moments", "direction"  # the stages of a chain, in order
+
+
+class SiteBlock(dict[str, Tensor]):
+    """The trained tensors of one site by role, and what a step may know of the site.
+
+    Args:
+        tensors: by role.
+        site: its name.
+        scale: s of the update s · B A; 1 where there is none.
+        shape: of the layer's weight in matrix orientation, (out, in, kernel…); empty where there is none.
+    """
+
+    def __init__(
+        self, tensors: Block | None = None, *, site: str = "", scale: float = 1.0, shape: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(tensors or {})
+        self.site, self.scale, self.shape = site, scale, shape
+
+
+def scale_of(block: Block) -> float:
+    """The scale s of the block's update; 1 for a plain mapping."""
+    return block.scale if isinstance(block, SiteBlock) else 1.0
+
+
+def site_name_of(block: Block) -> str:
+    """The site's name; empty for a plain mapping."""
+    return block.site if isinstance(block, SiteBlock) else ""
+
+
+def shape_of(block: Block) -> tuple[int, ...]:
+    """The shape of the layer's weight, (out, in, kernel…); empty for a plain mapping."""
+    return block.shape if isinstance(block, SiteBlock) else ()
 
 
 def _nothing(block: Block) -> State:
@@ -30,7 +62,8 @@ class Step(NamedTuple):
         init: block -> state.
         update: (gradients, state, parameters) -> directions, in the same roles; may change the state in place.
         name: for messages.
-        stage: "gradient" (before moments: preconditioners), "moments" (Adam, SGD, projected Adam), "direction" (after).
+        stage: "gradient" (before moments: preconditioners), "clipping", "moments" (Adam, SGD, projected Adam), "direction"
+            (after).
         roles: roles that must be present; the step is refused elsewhere.
         preconditions: whether it preconditions the gradient; two of those in one chain are refused.
         plain: what blocks without these roles (a classification head) get instead; None means they are left alone.
@@ -67,7 +100,7 @@ def stateless(
 
 def chain(*steps: Step) -> Step:
     """Runs steps one after the other, in the order of their stages. State is kept under "<step's name>.<name>"."""
-    order = (GRADIENT, MOMENTS, DIRECTION)
+    order = (GRADIENT, CLIPPING, MOMENTS, DIRECTION)
     ordered = sorted(steps, key=lambda step: order.index(step.stage))
     named: list[tuple[str, Step]] = []  # prefix of the state's names, step
     for step in ordered:
@@ -142,6 +175,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         plain: site names whose blocks are ordinary tensors (a head), whose tensors have no roles: steps that need some are
             left out there, or replaced by what they name as `plain`.
         before: called at the start of every step, to check that nothing was forgotten.
+        facts: site -> an empty `SiteBlock` that says what is known of it.
     """
 
     def __init__(
@@ -152,8 +186,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         *,
         plain: Iterable[str] = (),
         before: Callable[[], None] | None = None,
+        facts: Mapping[str, SiteBlock] | None = None,
     ) -> None:
         steps = list(steps)
+        self._facts = dict(facts or {})
         self._steps, self._chains = steps, {}
         self._plain, self._before = frozenset(plain), before
         named = [(f"{site}.{role}", tensor) for site, block in blocks.items() for role, tensor in block.items()]
@@ -170,9 +206,11 @@ class BlockOptimizer(torch.optim.Optimizer):
             self._before()
         for group in self.param_groups:
             for site, block in _blocks_of(group).items():
-                parameters = {role: tensor for role, tensor in block.items() if tensor.grad is not None}
-                if not parameters:
+                known = self._facts.get(site) or SiteBlock(site=site)
+                trained = {role: tensor for role, tensor in block.items() if tensor.grad is not None}
+                if not trained:
                     continue
+                parameters = SiteBlock(trained, site=site, scale=known.scale, shape=known.shape)
                 self._step_block(site, parameters, float(group["lr"]))
         return loss
 
@@ -182,7 +220,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             self._chains[roles] = chain(*for_roles(self._steps, roles))
         return self._chains[roles]
 
-    def _step_block(self, site: str, parameters: dict[str, Tensor], lr: float) -> None:
+    def _step_block(self, site: str, parameters: SiteBlock, lr: float) -> None:
         step = self._chain_for(frozenset() if site in self._plain else frozenset(parameters))
         fresh = [role for role, tensor in parameters.items() if not self.state[tensor]]
         if fresh:

@@ -1,0 +1,1 @@
+"""Long and parallel chains of low-rank updates, and robust training."""

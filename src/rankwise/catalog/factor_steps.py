@@ -1,0 +1,1 @@
+"""Steps on the factors B and A, clipping, and decay by role."""

@@ -1,0 +1,1 @@
+"""Training without backward: zeroth-order estimates and rankings."""

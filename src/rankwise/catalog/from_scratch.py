@@ -1,0 +1,1 @@
+"""Layers that are of low rank from the start, trained on their manifold."""

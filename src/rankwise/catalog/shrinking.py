@@ -1,0 +1,1 @@
+"""Training that finds the ranks on the way and leaves a smaller network."""
