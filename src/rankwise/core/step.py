@@ -76,6 +76,8 @@ class Step(NamedTuple):
         rescaled: how this step's state of one tensor follows when that tensor is multiplied by a factor; None: not at all.
         across: of a step of stage "clipping": (gradients, parameters, states), each by site, of all blocks together ->
             gradients. Called once per step, after the preconditioners; `update` is not called then.
+        exact: whether it reads the full gradient off those of the factors at their own values (g_A = s Bᵀ G), which gradients
+            taken elsewhere (SAM) or estimated (zeroth order) do not allow.
         gain: by what the gradient that reaches the tensors of an additive update is multiplied during backward, row by row.
     """
 
@@ -91,6 +93,7 @@ class Step(NamedTuple):
     after: Callable[[State, Block], dict[str, Tensor]] | None = None
     rescaled: Callable[[dict[str, Tensor], Tensor], None] | None = None
     across: Across | None = None
+    exact: bool = False
     gain: Gain | None = None
 
 
