@@ -148,7 +148,7 @@ def test_1_training_finds_the_nested_approximations() -> None:
     target, eye = with_spectrum(4, 4, 3, sigma), torch.eye(3, dtype=torch.float64)
     begun = begin(layer_model(target + 0.3 * normal(6, 4, 3)), lr=0.06, penalty=0.0, interval=10**6)
     begun[0].train()
-    for _ in range(400):
+    for _ in range(500):
         finish(begun, lambda: nested_loss(begun, eye, target.T))
     B, A = factors(begun[1])
     for b in range(1, 4):
@@ -157,18 +157,18 @@ def test_1_training_finds_the_nested_approximations() -> None:
 
 def test_1_the_identity_on_data_gives_principal_components_in_order() -> None:
     size, Q = 3, orthonormal(7, 3, 3)
-    values = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+    values = torch.tensor([4.0, 2.5, 0.5], dtype=torch.float64)
     x = Q.T * values.sqrt()[:, None]  # rows whose second moments are Q diag(values) Qᵀ
     begun = begin(
-        layer_model(torch.eye(size, dtype=torch.float64) + 0.3 * normal(8, size, size)), lr=0.1, interval=10**6, penalty=0.0
+        layer_model(torch.eye(size, dtype=torch.float64) + 0.3 * normal(8, size, size)), lr=0.12, interval=10**6, penalty=0.0
     )
     begun[0].train()
-    for _ in range(400):
+    for _ in range(500):
         finish(begun, lambda: nested_loss(begun, x, x))
     B, A = factors(begun[1])
     for b in range(1, size + 1):
         assert relative(B[:, :b] @ A[:b], Q[:, :b] @ Q[:, :b].T) < 1e-3
-    assert float(nested_loss(begun, x, x).detach()) == pytest.approx((3.0 + 1.0 + 0.0) / 3, rel=1e-5)
+    assert float(nested_loss(begun, x, x).detach()) == pytest.approx((3.0 + 0.5 + 0.0) / 3, rel=1e-5)
 
 
 def test_2_a_strong_penalty_ends_at_the_bias() -> None:
