@@ -324,6 +324,16 @@ def test_6_the_branch_can_be_dropped() -> None:
     assert relative(model(x), before) < 1e-12
 
 
+def test_6_whatever_thread_a_loss_ends_with() -> None:
+    (model, handle), (x, y) = begin(), data()
+    handle.procedure.natural_accuracy = 0.4
+    handle.procedure.loss(model, x, y).backward()
+    weight = handle.parameterization("body").roles()["weight"]
+    with torch.no_grad():
+        weight.add_(0.3 * normal(31, HIDDEN, N))
+    assert relative(handle.update_of("body").dense() + model.body.weight, weight) < 1e-12
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_7_the_branch_of_a_convolution(k: int) -> None:
     """A (r k, in k) and B (out k, r k); their product in the shape of the kernel, which is plain B A for k = 1."""

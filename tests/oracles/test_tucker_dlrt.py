@@ -280,3 +280,11 @@ def test_6_bases_and_ranks(shape: tuple[int, ...], ranks: tuple[int, ...], modes
             assert step > 0 or sizes[mode] <= ranks[mode]
             assert step == 0 or 2 <= sizes[mode] <= shape[mode]
         begun.train(loss)
+
+
+def test_6_the_floor_gives_way_to_the_other_ranks() -> None:
+    """A 1×1 kernel with two input channels has no third direction in its outputs, whatever `min_rank` asks for."""
+    begun = Begun((8, 2, 1, 1), lr=0.4, ranks=(2, 2), min_rank=3, max_rank=6)
+    for _ in range(3):
+        begun.train(curved(normal(5, 8, 2, 1, 1)))
+        assert begun.factors()[0].shape == (2, 2, 1, 1)
