@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rankwise.catalog.parameterizations import full
@@ -9,10 +10,12 @@ from rankwise.catalog.steps import single_step
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
+from rankwise.core.step import Step
 from rankwise.steps import apollo as scaled_gradient
 from rankwise.steps import coap as correlation
 from rankwise.steps import fira as residual
 from rankwise.steps import galore_plus as heads_and_places
+from rankwise.steps import online_subspace as online
 
 GALORE_STATE = "min(m, n)*r + 2*max(m, n)*r"
 COMMON: dict[str, Any] = {
@@ -23,11 +26,11 @@ COMMON: dict[str, Any] = {
 }
 
 
-def projecting(name: str, factory: Any, **arguments: Any) -> Recipe:
+def projecting(factory: Callable[..., Step], arguments: Mapping[str, Any], name: str = "") -> Recipe:
     """A recipe that trains whole weights with one projected step; `inner`, a recipe, becomes the piece it is made of."""
-    inner = arguments.pop("inner")
-    within = None if inner is None else single_step(inner, name)
-    step = piece(factory, **arguments, inner=within)
+    name = name or factory.__name__
+    inner = None if arguments["inner"] is None else single_step(arguments["inner"], name)
+    step = piece(factory, **{**arguments, "inner": inner})
     return Recipe(name=name, parameterization=full().parameterization, step=(step,), own=frozenset({"step"}))
 
 
@@ -65,19 +68,7 @@ def fira(
     inner: Recipe | None = None,
 ) -> Recipe:
     """GaLore, with the gradient outside its subspace scaled as Adam scales it inside, and that part's growth limited."""
-    return projecting(
-        "fira",
-        residual.fira,
-        rank=rank,
-        scale=scale,
-        refresh=refresh,
-        side=side,
-        limit=limit,
-        scaling=scaling,
-        alpha_mode=alpha_mode,
-        weight_decay=weight_decay,
-        inner=inner,
-    )
+    return projecting(residual.fira, locals())
 
 
 APOLLO = Reference(
@@ -118,20 +109,7 @@ def apollo(
     seed: int = 0,
 ) -> Recipe:
     """Scales each channel of the raw gradient as Adam would scale a random projection of it."""
-    return projecting(
-        "apollo",
-        scaled_gradient.apollo,
-        rank=rank,
-        scale=scale,
-        refresh=refresh,
-        granularity=granularity,
-        limit=limit,
-        scale_front=scale_front,
-        basis=basis,
-        weight_decay=weight_decay,
-        inner=inner,
-        seed=seed,
-    )
+    return projecting(scaled_gradient.apollo, locals())
 
 
 @entry(
@@ -156,19 +134,7 @@ def apollo_mini(
     seed: int = 0,
 ) -> Recipe:
     """APOLLO with rank 1 and one factor for the whole weight."""
-    return projecting(
-        "apollo_mini",
-        scaled_gradient.apollo,
-        rank=1,
-        granularity="tensor",
-        scale=scale,
-        refresh=refresh,
-        limit=limit,
-        scale_front=scale_front,
-        weight_decay=weight_decay,
-        inner=inner,
-        seed=seed,
-    )
+    return projecting(scaled_gradient.apollo, {**locals(), "rank": 1, "granularity": "tensor"}, "apollo_mini")
 
 
 @entry(
@@ -205,20 +171,39 @@ def coap(
     seed: int = 0,
 ) -> Recipe:
     """GaLore with a basis that follows the momentum by small corrections, and is made anew from a sketch now and then."""
-    return projecting(
-        "coap",
-        correlation.coap,
-        rank=rank,
-        scale=scale,
-        refresh=refresh,
-        recompute=recompute,
-        rate=rate,
-        clip=clip,
-        restore=restore,
-        weight_decay=weight_decay,
-        inner=inner,
-        seed=seed,
-    )
+    return projecting(correlation.coap, locals())
+
+
+@entry(
+    "step",
+    title="Online Subspace Descent",
+    formula="W ← W − η α P Adam(PᵀG), P ← P − η_P Adam(d/dP ‖G' − P PᵀG'‖²), G' = G/‖G‖",
+    reference=Reference(
+        "Liang, Liu, Chen, Liu", "Memory-Efficient LLM Training with Online Subspace Descent", 2024, "2408.12857"
+    ),
+    cost="GaLore's state + 2 min(m, n) r; two more products of m·n·r per step, one decomposition at the first step only",
+    state=GALORE_STATE + " + 2*min(m, n)*r",
+    when="Instead of GaLore where its decompositions take too long; needs more state than COAP.",
+    tiny={"rank": 2, "interval": 100},
+    variants=(
+        "online_subspace_descent(rank=2, interval=100, projector='sgd', penalty=0.1)",
+        "online_subspace_descent(rank=2, interval=100, inner=sgd(momentum=0.5))",
+    ),
+    **COMMON,
+)
+def online_subspace_descent(
+    *,
+    rank: int = 128,
+    scale: float = 0.25,
+    interval: int = 200,
+    penalty: float = 0.0,
+    projector: str = "adamw",
+    rate: float | None = None,
+    weight_decay: float = 0.0,
+    inner: Recipe | None = None,
+) -> Recipe:
+    """GaLore with a basis that is learned online by an optimizer of its own, one step per training step."""
+    return projecting(online.online_subspace_descent, locals())
 
 
 @entry(
@@ -259,20 +244,4 @@ def galore_plus(
     seed: int = 0,
 ) -> Recipe:
     """GaLore with randomized bases, shared by the heads of a layer, and full moments at the places that lose most."""
-    return projecting(
-        "galore_plus",
-        heads_and_places.galore_plus,
-        rank=rank,
-        scale=scale,
-        refresh=refresh,
-        side=side,
-        heads=heads,
-        head_layers=head_layers,
-        iterations=iterations,
-        oversampling=oversampling,
-        density=density,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        inner=inner,
-        seed=seed,
-    )
+    return projecting(heads_and_places.galore_plus, locals())

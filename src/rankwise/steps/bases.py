@@ -42,7 +42,8 @@ def seeded_basis(refresh: int) -> Basis:
     def basis(gradient: Tensor, rank: int, side: str, kept: Kept) -> Projection:
         seed = derived_seed(int(kept["seed"]), int(kept["step"]) // refresh)
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        return projection_of(*gradient.shape, rank, seed, device=gradient.device, dtype=wide)
+        m, n = gradient.shape
+        return projection_of(m, n, rank, seed, device=gradient.device, dtype=wide)
 
     return basis
 

@@ -1,8 +1,7 @@
 """GaLore+: GaLore with a basis that is quick to find, shared by the heads of an attention layer, and a sparse correction.
 
     Q = leading right singular vectors of G_i (r, n), by a randomized range finder        G (m, n) = [G_1; …; G_h], h heads
-    direction = scale · N Q,  N = Adam(G Qᵀ)                                              at every place but those of Ω
-    direction = scale · Adam(G) at Ω                                                      Ω: round(density · m n) places
+    direction = scale · N Q,  N = Adam(G Qᵀ);  at Ω, round(density · m n) places: scale · Adam(G)
 
 At each refresh one head i is drawn, and its basis serves all heads of the layer, always on the input side: the gradients of the
 heads of one layer are assumed to be alike. Layers without heads take the side that shortens the shorter dimension, with the
@@ -12,8 +11,6 @@ there is nothing to choose and no warm-up, and the step is the inner step on the
 
 State as GaLore, and at Ω the inner step's moments and one index per place: 3 · density · m n for AdamW (int32 indices); during
 the warm-up m n numbers for the sum. A refresh costs O((m/h) n (r + p)), no decomposition of the whole gradient.
-
-It is not a low-rank update.
 
 *Differs*: the paper keeps, at Ω, the differences between the moments of G and those that the subspace implies, and corrects the
 direction by a first-order expansion in them. That needs V^(−3/2), which has no bound, and goes wrong when the basis changes.
@@ -33,9 +30,8 @@ from rankwise.core.randomness import generator_for
 from rankwise.core.step import Block, State, Step, site_name_of
 from rankwise.steps.bases import Kept, randomized_basis
 from rankwise.steps.projection import Projection
-from rankwise.steps.projector import inner_steps, projected, run_inner
-
-SPARSE = "sparse."  # prefix of the inner step's state at the chosen places
+from rankwise.steps.projector import inner_steps, projected
+from rankwise.steps.sparse_moments import moments_at_places
 
 
 @register("step")
@@ -70,14 +66,14 @@ def galore_plus(
         warmup: steps after which those are chosen; None: `refresh`.
         weight_decay: λ, decoupled, on the whole weight.
         inner: the step run in the subspace, as a piece; None means AdamW.
-        seed: of the range finder and of the heads drawn.
+        seed: of the range finder and of the heads.
 
     Raises:
-        ArgumentError: a number out of range, an option that could have no effect, an `inner` that makes no update or decays, or
-            (when training starts) heads that do not fit a layer.
+        ArgumentError: a number out of range, an option that could have no effect, an unfit `inner`, or heads that do not fit a
+            layer (when training starts).
 
     Example:
-        >>> rankwise.compose("full + galore_plus(rank=4, heads=2, head_layers=('q_proj', 'k_proj', 'v_proj'))")
+        >>> rankwise.compose("full + galore_plus(rank=4, heads=2, head_layers=('q_proj', 'k_proj'))")
     """
     if min(heads, iterations + 1, oversampling + 1) < 1 or not 0.0 <= density <= 1.0 or (warmup is not None and warmup < 0):
         raise ArgumentError(
@@ -86,32 +82,10 @@ def galore_plus(
         )
     if head_layers and heads == 1:
         raise ArgumentError("galore_plus: head_layers has no effect with heads=1; say how many heads these layers have")
-    if warmup is not None and density in (0.0, 1.0):
-        raise ArgumentError(f"galore_plus: warmup has no effect with density={density}, which leaves no places to choose")
+    if warmup is not None and density == 0.0:
+        raise ArgumentError("galore_plus: warmup has no effect with density=0, which leaves no places to choose")
     within, outside = inner_steps("galore_plus", inner, weight_decay)
-    last = refresh if warmup is None else warmup
-
-    def correction(direction: Tensor, G: Tensor, projection: Projection, kept: Kept) -> Tensor:
-        count, steps = round(density * G.numel()), int(kept["step"])  # places, steps begun
-        if not count:
-            return direction
-        if "places" not in kept:
-            if count == G.numel():
-                places = torch.arange(count, device=G.device)
-            else:
-                if steps <= last or "lost" not in kept:
-                    lost = (G - projection.up(projection.down(G))).abs_()  # (m, n)
-                    kept["lost"] = kept["lost"].add_(lost) if "lost" in kept else lost
-                if steps <= last:
-                    return direction
-                places = kept["lost"].reshape(-1).topk(count).indices.sort().values
-                kept["lost"] = G.new_zeros(0)  # given back
-            kept["places"] = places.to(torch.int32 if G.numel() < 2**31 else torch.int64)  # (count,)
-            started = within.init({"weight": G.new_zeros(count)})["weight"]
-            kept.update({f"{SPARSE}{key}": value for key, value in started.items()})
-        places = kept["places"].long()
-        N = run_inner(within, "weight", G.reshape(-1)[places], kept, SPARSE)
-        return direction.reshape(-1).index_copy_(0, places, N.mul(scale).to(direction.dtype)).reshape(G.shape)
+    correction = moments_at_places(within, density=density, warmup=refresh if warmup is None else warmup, scale=scale)
 
     def with_heads(count: int, side: str) -> Step:
         def basis(gradient: Tensor, rank: int, side: str, kept: Kept) -> Projection:
