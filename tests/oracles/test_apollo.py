@@ -77,7 +77,7 @@ def test_4_norms_in_the_projection_spread_as_johnson_and_lindenstrauss_say(rank:
     ratios = []
     for seed in range(seeds):
         run = Run(rw.catalog.apollo(rank=rank, limit=None, inner=EXACT, seed=seed), lambda t, W: G, 1, weight=zeros(m, n))
-        ratios.append(rank * G[:, :m].norm(dim=0).square() / run.directions[0][:, :m].norm(dim=0).square())
+        ratios.append(rank / run.directions[0][:, :m].norm(dim=0).square())
     ratio = torch.cat(ratios)
     assert float(ratio.std()) == pytest.approx((2 / rank) ** 0.5, rel=0.05)
     assert float(ratio.mean()) == pytest.approx(1.0, rel=0.05)
@@ -97,7 +97,7 @@ def test_5_size_of_the_gradient_drops_out(c: float, recipe: rw.Recipe) -> None:
 @pytest.mark.parametrize("gamma", [1.01, 1.5])
 def test_6_growth_is_limited_by_the_limited_norm_before(gamma: float, scale: float, front: bool) -> None:
     """Under SGD U = √scale G but for the limiter, which looks at ratios: before or after √scale is the same to it."""
-    G, sizes = normal(7, 6, 9), [1.0, 1.005, 3.0, 9.0, 0.1, 0.1, 5.0, 5.0]
+    G, sizes = normal(7, 6, 9), [1.0, 1.015, 2.0, 9.0, 0.1, 0.1, 5.0, 5.0]
     recipe = rw.catalog.apollo(rank=2, scale=scale, limit=gamma, scale_front=front, inner=rw.catalog.sgd())
     run = Run(recipe, lambda t, W: sizes[t] * G, len(sizes), weight=zeros(6, 9))
     expected = [sizes[0]]
@@ -109,7 +109,7 @@ def test_6_growth_is_limited_by_the_limited_norm_before(gamma: float, scale: flo
 
 @pytest.mark.parametrize("limit", [None, float("inf")])
 def test_6_without_a_limit_growth_is_free(limit: float | None) -> None:
-    G, sizes = normal(8, 6, 9), [1.0, 100.0, 1e-3, 1e5]
+    G, sizes = normal(8, 6, 9), [1.0, 100.0, 0.5, 1e5]
     run = Run(rw.catalog.apollo(rank=2, limit=limit, inner=rw.catalog.sgd()), lambda t, W: sizes[t] * G, 4, weight=zeros(6, 9))
     for U, size in zip(run.directions, sizes, strict=True):
         assert relative(U, size * G) < 1e-6

@@ -96,7 +96,7 @@ def residuals(limit: float | None, sizes: list[float], m: int = 6, n: int = 9) -
 @pytest.mark.parametrize("gamma", [1.01, 1.5])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_4_growth_is_limited_by_the_limited_norm_before(gamma: float, m: int, n: int) -> None:
-    sizes = [1.0, 1.005, 3.0, 9.0, 9.0, 0.1, 0.1, 5.0, 5.0]
+    sizes = [1.0, 1.015, 2.0, 9.0, 9.0, 0.1, 0.1, 5.0, 5.0]
     limited, free, run = residuals(gamma, sizes, m, n)
     expected = free[:1]
     for size in free[1:]:
@@ -113,7 +113,7 @@ def test_4_a_decreasing_sequence_is_never_changed() -> None:
 
 @pytest.mark.parametrize("limit", [None, float("inf")])
 def test_4_an_infinite_limit_is_none(limit: float | None) -> None:
-    limited, free, _ = residuals(limit, [1.0, 100.0, 1e-3, 1e5])
+    limited, free, _ = residuals(limit, [1.0, 100.0, 0.5, 1e5])
     assert limited == pytest.approx(free, rel=1e-6)
 
 

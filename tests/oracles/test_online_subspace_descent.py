@@ -126,8 +126,10 @@ def test_6_a_switch_of_the_gradient_shows_one_step_later(inner: rw.Recipe | None
         assert (float(inside) < 1e-10) == (t <= 4)
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.0])
+@pytest.mark.parametrize("rate", [0.2, 0.0])
 def test_7_a_turning_subspace_is_followed(rate: float) -> None:
+    """For gradients of rank 1 the norm p of the projector moves by p -> p + 4 rate p (1 - p²), which is stable for rate < 1/4:
+    at 0.5 it is chaotic, passes near zero, and the angle reached 0.96."""
     speed, steps, rows = 1e-3, 1000, normal(15, 1, 3)
 
     def gradient(t: int, W: Tensor) -> Tensor:
@@ -140,6 +142,7 @@ def test_7_a_turning_subspace_is_followed(rate: float) -> None:
         P = run.basis(t)[:, 0] / run.basis(t).norm()
         angles.append(math.acos(min(1.0, abs(float(P[0]) * math.cos(speed * t) + float(P[1]) * math.sin(speed * t)))))
     assert (max(angles) < 0.2) == (rate > 0)
+    assert float(run.basis(steps - 1).norm()) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(("projector", "rate"), [("sgd", 0.5), ("adamw", 0.02), ("adamw", 0.3)])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import rankwise
-from rankwise.core.step import BlockOptimizer, SiteBlock
+from rankwise.core.optimizer import BlockOptimizer
+from rankwise.core.step import SiteBlock
 from rankwise.steps import clipping
 from tests.oracles.tools_training import normal, relative
 

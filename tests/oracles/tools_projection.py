@@ -45,7 +45,9 @@ class Run:
             self.path.append(self.weight.detach().clone())
             self.directions.append((self.path[-2] - self.path[-1]) / rate)
             state = self.optimizer.state[self.weight]
-            self.kept.append({name.split(".", 1)[1]: value.clone() for name, value in state.items()})
+            self.kept.append(
+                {name.split(".", 1)[1]: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+            )
 
     def basis(self, step: int) -> Tensor:
         """The basis in use after a step, as orthonormal-to-be columns: P (m, r), or the transpose of Q (r, n)."""
