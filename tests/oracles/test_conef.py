@@ -177,7 +177,7 @@ def test_6_sketched_feedback_is_slower_and_stable(seed: int) -> None:
 
 
 def test_6_too_narrow_a_sketch_is_unstable_and_bucket_means_are_not() -> None:
-    """A bucket is multiplied by 1 - c (1 - β), c its entries in the block (10 here); means decode to a projection, any width."""
+    """A bucket gets the factor 1 - c (1 - β), c its entries in the block (10 here); means decode to a projection."""
     assert steps_to_solve(1500, 0, smoothing=0.5, ratio=0.01) == -1
     assert 0 < steps_to_solve(2000, 0, smoothing=0.0, ratio=0.01, memory="means") < 2000
 

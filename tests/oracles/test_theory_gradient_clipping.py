@@ -182,13 +182,25 @@ def test_5_adam_with_an_unused_clip_is_adam(quantile: str) -> None:
 
 
 def test_5_running_quantile_holds_back_an_outlier() -> None:
+    """Within what an online estimate of the quantile may be off by."""
     G = normal(82, 3, 4)
     G = G / G.norm()
     gradients = [{"one": {"weight": G}} for _ in range(20)] + [{"one": {"weight": 100 * G}}, {"one": {"weight": 0.5 * G}}]
     found = [float(block["one"]["weight"].norm()) for block in moved(gradients, sgd_with("quantile=0.9"))]
-    assert found[:20] == pytest.approx([1.0] * 20, rel=1e-7)
-    assert found[20] == pytest.approx(1.0, rel=1e-6)
+    assert found[:20] == pytest.approx([1.0] * 20, rel=0.02)
+    assert found[20] == pytest.approx(1.0, rel=0.15)
     assert found[21] == pytest.approx(0.5, rel=1e-7)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_5_running_quantile_clips_the_rest(quantile: float) -> None:
+    G, norms = normal(83, 3, 4), (0.5 * normal(84, 600)).exp()
+    gradients = [{"one": {"weight": size * G / G.norm()}} for size in norms]
+    found = torch.stack([block["one"]["weight"].norm() for block in moved(gradients, sgd_with(f"quantile={quantile}"))])
+    clipped = found < norms * (1 - 1e-9)
+    assert float(clipped[200:].double().mean()) == pytest.approx(1 - quantile, abs=0.05)
+    lengths = found[200:][clipped[200:]]
+    assert float(lengths.mean()) == pytest.approx(float(norms.quantile(quantile)), rel=0.1)
 
 
 @pytest.mark.parametrize("w", [0.5, -2.0])
