@@ -299,7 +299,6 @@ WITHOUT_EFFECT = [
     "fira(rank=2, side='full')",
     "fira(rank=2, inner=adamw(weight_decay=0.1))",
     "galore_plus(rank=2, head_layers=('3',))",
-    "galore_plus(rank=2, density=0.0, warmup=2)",
     "oft(block=4, terms=3)",
     "ia3(side='input', input_layers=('3',))",
     "batched_flora(rank=2, alpha=4)",

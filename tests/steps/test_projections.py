@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+import rankwise
 from rankwise.core.errors import ArgumentError
 from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.piece import piece
@@ -419,3 +420,13 @@ def test_galore_plus_refuses_heads_that_do_not_fit():
             run([galore_plus(rank=rank, heads=heads)], W, [gradient])
     with pytest.raises(ArgumentError, match="head_layers has no effect"):
         galore_plus(head_layers=("q_proj",))
+
+
+def test_a_layer_named_in_head_layers_must_be_there():
+    handle = rankwise.adapt_(torch.nn.Sequential(torch.nn.Linear(8, 8)), galore_plus_recipe(("query",)))
+    with pytest.raises(ArgumentError, match="names the layer 'query', which is not adapted"):
+        handle.optimizer(lr=0.1)
+
+
+def galore_plus_recipe(layers):
+    return rankwise.catalog.galore_plus(rank=2, heads=2, head_layers=layers)
