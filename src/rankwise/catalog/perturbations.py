@@ -106,7 +106,7 @@ def infosam(
     cost="a second forward and backward, one to four copies of the trained tensors",
     when="To combine a direction with a metric that no paper has (an average in ASAM's ball, say), or for Fisher SAM.",
     tiny={"rho": 0.01, "direction": "average", "metric": "weights"},
-    variants=("presam(rho=0.01, metric='fisher')", "presam(rho=0.01, direction='noise', metric='fisher')"),
+    variants=("presam(rho=0.001, metric='fisher')", "presam(rho=0.001, direction='noise', metric='fisher')"),
 )
 def presam(
     *,

@@ -6,8 +6,8 @@
 
 A block inverse autoregressive flow. Each tensor of the earlier blocks is encoded by three Kronecker-linear layers (a small
 matrix per mode, each mode shrunk by two) with ReLU; the embeddings of all earlier blocks meet in one linear layer, and a
-decoder of the same make gives log-scale u and shift t per tensor. Kernels of convolutions count as one mode. The Jacobian is block
-lower triangular with diagonal exp(·) > 0, so h is inverted block by block. It starts as the identity.
+decoder of the same make gives log-scale u and shift t per tensor. Kernels of convolutions count as one mode. The Jacobian is
+block lower triangular with diagonal exp(·) > 0, so h is inverted block by block. It starts as the identity.
 
 *Differs* from the release: of a last layer's matrices one is zero and the others are drawn, since with all of them at zero
 none would ever get a gradient and the map could only learn constants; log-scales are cut at ±10.

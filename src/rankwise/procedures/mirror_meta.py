@@ -4,8 +4,8 @@
 
 The dual variables z have the shapes of the trained tensors φ, and h (`mirror_map.py`) is the inverse mirror map, ∇ψ*. Outer
 steps move the shared start z₀ and h along the gradient of Σ_tasks L_query(φ_K), through the inner steps. h = I is MAML, a
-diagonal h is Meta-SGD, h = softmax is exponentiated gradient. The gradient is taken with respect to φ and moves z: no chain rule
-through h inside. `meta_adapter.py` does this on the trained tensors of an adapter.
+diagonal h is Meta-SGD, h = softmax is exponentiated gradient. The gradient is taken with respect to φ and moves z: no chain
+rule through h inside. `meta_adapter.py` does this on the trained tensors of an adapter.
 
 A mirror map would be monotone; h is guaranteed to be invertible only. Cost: a pass of h per inner step and its backward, and
 for one outer step the graphs of all K steps of a task. Meta-checkpoint: (z₀, θ of h).
