@@ -219,7 +219,12 @@ CASES |= {  # sparse parts, pruning and freezing
     ("aflora", "uncertainty_smoothing"): ({"interval": 1, "warmup_epochs": 3, "final_epochs": 0}, 0.0),
     ("aflora", "keep"): ({}, 1.0),
 }
-CASES |= {  # perturbations
+CASES |= {  # perturbations and robust training
+    ("autolora_robust", "step_size"): ({}, 0.02),
+    ("autolora_robust", "radius"): ({}, 0.001),
+    ("autolora_robust", "attack_steps"): ({}, 4),
+    ("autolora_robust", "scale"): ({}, 1.0),
+    ("autolora_robust", "update_every"): ({}, 2),
     ("vasso", "rho"): ({}, 0.5),
     ("vasso", "theta"): ({"rho": 0.5}, 0.9),
     ("infosam", "rho"): ({}, 0.5),
