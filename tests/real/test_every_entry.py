@@ -143,9 +143,13 @@ def fitting(subject: Subject, recipe: Recipe) -> list[str]:
 
 def train(subject: Subject, model: nn.Module, handle: rankwise.Handle, *, steps: int = STEPS) -> list[float]:
     optimizer = handle.optimizer(lr=1e-3)
-    losses = []
+    own, losses = getattr(handle.procedure, "loss", None), []
+
+    def loss(batch: Batch) -> Tensor:
+        return subject.loss(model, batch) if own is None else own(model, batch["pixels"].clamp(0, 1), batch["labels"])
+
     for batch in subject.batches[:steps]:
-        losses.append(float(handle.backward(lambda batch=batch: subject.loss(model, batch))))
+        losses.append(float(handle.backward(lambda batch=batch: loss(batch))))
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()
