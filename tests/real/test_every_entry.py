@@ -146,7 +146,7 @@ def train(subject: Subject, model: nn.Module, handle: rankwise.Handle, *, steps:
     own, losses = getattr(handle.procedure, "loss", None), []
 
     def loss(batch: Batch) -> Tensor:
-        return subject.loss(model, batch) if own is None else own(model, batch["pixels"].clamp(0, 1), batch["labels"])
+        return subject.loss(model, batch) if own is None else own(model, batch["pixels"] / 2 + 0.5, batch["labels"])
 
     for batch in subject.batches[:steps]:
         losses.append(float(handle.backward(lambda batch=batch: loss(batch))))
