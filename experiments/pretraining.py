@@ -12,23 +12,19 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
 import rankwise
+from experiments import command
 from experiments.language import Corpus, Size, batch_at, beside, corpus, llama, loss_of, validation_loss
 from experiments.pretraining_page import Table
-from experiments.running import Method, Row, Rows, Run, chosen, factors, model_bytes, train
-from rankwise.core.checkpoint import write_atomically
-from rankwise.core.errors import RankwiseError
+from experiments.running import Method, Row, Rows, Run, absorb_, factors, model_bytes, train
 from rankwise.core.handle import Handle
-from rankwise.lab.terminal import Progress, quiet_libraries
+from rankwise.lab.terminal import Progress
 
-COMMAND = "python -m experiments.pretraining"
 REST = 2e-3  # highest rate of embeddings, norms and head in every row
 METHODS = (
     Method(name="AdamW", recipe="full", rate=2e-3),
@@ -99,15 +95,6 @@ def adapted(model: nn.Module, recipe: str, seed: int) -> Handle:
     return handle
 
 
-@torch.no_grad()
-def absorb_(handle: Handle) -> None:
-    """Writes what was trained into the weights and takes the adapter off."""
-    updates = {site: handle.update_of(site).dense() for site in handle.targets}
-    handle.detach_()
-    for site, update in updates.items():
-        handle.targets[site].parameter().add_(update)
-
-
 def joined(first: Run, second: Run) -> Run:
     """Two runs as one: steps one after the other, the larger state."""
     return Run(
@@ -120,51 +107,21 @@ def joined(first: Run, second: Run) -> Run:
     )
 
 
-def run(
-    size: Size, text: Corpus, methods: Sequence[Method], out: Path, *, fresh: bool = False, quiet: bool = False
-) -> list[Row]:
-    """The rows of the methods, those on disk taken from there."""
-    kept, rows = Rows(out, asdict(size), fresh=fresh), []
-    with Progress(len(methods) * size.steps, quiet=quiet) as progress:
+def make(options: argparse.Namespace, methods: list[Method], missing: list[str]) -> Table:
+    """The table of the methods, rows on disk taken from there."""
+    size = Size(steps=options.steps, data=options.data)
+    text = corpus(size)
+    kept = Rows(options.out, asdict(size), fresh=options.fresh)
+    rows = []
+    with Progress(len(methods) * size.steps, quiet=False) as progress:
         for method in methods:
             progress.phase(method.name)
             rows.append(kept.row(method, lambda method=method: trained_row(method, size, text, progress.step)))
-    return rows
+    return Table(size, text, methods, rows, missing, REST)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", metavar="PAGE", type=Path, help="also write the page, and its figure beside it as .svg")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table, by name; default: all")
-    parser.add_argument("--steps", type=int, default=Size.steps, help=f"optimizer steps (default {Size.steps})")
-    parser.add_argument("--data", default=Size.data, help=f"text to train on (default {Size.data})")
-    parser.add_argument("--rate", type=float, help="highest rate of the adapted layers, instead of each method's own")
-    parser.add_argument("--out", type=Path, default=Path("runs/pretraining"), help="folder of finished rows")
-    parser.add_argument("--fresh", action="store_true", help="run again what is there already")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    quiet_libraries()
-    size = Size(steps=options.steps, data=options.data)
-    try:
-        methods, missing = chosen(METHODS, options.methods)
-        if options.rate is not None:
-            methods = [replace(method, rate=options.rate) for method in methods]
-        text = corpus(size)
-        rows = run(size, text, methods, options.out, fresh=options.fresh)
-    except RankwiseError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; finished rows are in {options.out}, the same command goes on from there", file=sys.stderr)
-        return 130
-    made = Table(size, text, methods, rows, missing, REST)
-    print(made.results(), made.settings(), made.reading(), sep="\n\n")
-    if options.write:
-        picture = options.write.with_suffix(".svg")
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(picture, made.picture())
-        write_atomically(options.write, made.page(" ".join([COMMAND, *(arguments or sys.argv[1:])]), picture.name))
-    return 0
+    return command.run("experiments.pretraining", __doc__, METHODS, Size, make, arguments)
 
 
 if __name__ == "__main__":

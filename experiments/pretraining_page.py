@@ -21,7 +21,7 @@ class Table:
     """All rows, and what they were made from."""
 
     size: Size
-    text: Corpus
+    corpus: Corpus
     methods: Sequence[Method]
     rows: Sequence[Row]
     missing: Sequence[str]
@@ -31,7 +31,7 @@ class Table:
         """The page as Markdown."""
         size, reference = self.size, self.rows[0]
         linear = llama_numbers(size)
-        whole = linear + 2 * self.text.vocabulary * size.hidden + (2 * size.layers + 1) * size.hidden
+        whole = linear + 2 * self.corpus.vocabulary * size.hidden + (2 * size.layers + 1) * size.hidden
         missing = f"\nNot in this version's catalog: {', '.join(self.missing)}.\n" if self.missing else ""
         return f"""# Pretraining a small Llama
 
@@ -42,7 +42,7 @@ class Table:
 A Llama of {count_text(whole)} numbers, {count_text(linear)} of them in linear layers (hidden {size.hidden},
 {size.layers} layers, intermediate {size.intermediate}, {size.heads} heads), from random weights on `{size.data}`:
 {size.steps} steps of {size.rows} rows of {size.tokens} tokens, {size.steps * size.rows * size.tokens:,} tokens for every row
-of the table, in the same order; a byte-level vocabulary of {self.text.vocabulary} tokens, {self.text.letters:.1f} bytes each.
+of the table, in the same order; {self.corpus.vocabulary} byte-level tokens, {self.corpus.letters:.1f} bytes of text each.
 {machine()}
 
 Every linear layer but the head is adapted; embeddings, norms and head are trained whole, at the highest rate {self.rest:g} in
@@ -55,14 +55,14 @@ another seed changes, and smaller differences say nothing. So short a run tells 
 full training holds its linear layers twice. *s/step* is CPU time of one thread, the median of the steps; *time* is that of the
 whole run, refreshes and restarts included.
 {missing}
-{self.results()}
-
-{self.settings()}
+{self.text()}
 
 ![training loss against steps]({picture})
-
-{self.reading()}
 """
+
+    def text(self) -> str:
+        """Tables and sentences."""
+        return "\n\n".join([self.results(), self.settings(), self.reading()])
 
     def results(self) -> str:
         """The measured columns."""

@@ -182,6 +182,16 @@ def model_bytes(model: nn.Module) -> int:
     return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors}.values())
 
 
+@torch.no_grad()
+def absorb_(handle: Handle) -> None:
+    """Writes what was trained into the weights and takes the adapter off."""
+    updates = {site: handle.update_of(site).dense() for site in handle.targets}
+    handle.detach_()
+    for site, update in updates.items():
+        target = handle.targets[site]
+        target.parameter().add_(target.layout.from_matrix(update, target.parameter()))
+
+
 class Rows:
     """Finished rows in a folder, one JSON file each.
 
