@@ -22,7 +22,7 @@ import rankwise
 from rankwise.core.checkpoint import write_atomically
 from rankwise.core.errors import ArgumentError, TrainingError, did_you_mean
 from rankwise.core.handle import Handle
-from rankwise.core.step import BlockOptimizer
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.lab.training import exploded
 from rankwise.procedures.relora import relora_schedule
 
@@ -158,13 +158,11 @@ def train(
 
 def take_step(handle: Handle, optimizer: BlockOptimizer, closure: Callable[[], Tensor]) -> float:
     """One step of the loop that every recipe can be trained with; gives the loss."""
-    loss = closure()
-    loss.backward()
-    handle.after_backward(lambda: closure().backward())
+    loss = handle.backward(closure)
     optimizer.step()
     handle.after_step()
     optimizer.zero_grad()
-    return float(loss.detach())
+    return float(loss)
 
 
 def state_bytes(handle: Handle, optimizer: BlockOptimizer) -> tuple[int, int]:
