@@ -113,8 +113,8 @@ layer and a head on `{size.data}`, {size.images:,} images to train on and {size.
 {size.steps} steps of {size.rows} images. The second and third convolution and the hidden layer are adapted, the rest is trained
 whole. {machine("torch")}
 
-*accuracy* is that of the network as it is shipped, with the small layers that the method ends with in place of the adapted ones;
-*before* is the accuracy of the adapted network just before. Means over {len(self.rows[0])} seeds with 95 %
+*accuracy* is that of the network as it is shipped, with the small layers that the method ends with in place of the adapted
+ones; *before* is the accuracy of the adapted network just before. Means over {len(self.rows[0])} seeds with 95 %
 intervals. The narrower networks without any method are the ones to beat: a method is worth its trouble above the line through
 them. Rates rise over a tenth of the steps and fall as a cosine to a tenth; none was searched for.
 {missing}
