@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rankwise.core.operators import LowRank
+from rankwise.core.gain import Gain
 
 Block = Mapping[str, Tensor]
 State = dict[str, dict[str, Tensor]]  # role -> name -> tensor
@@ -76,8 +76,7 @@ class Step(NamedTuple):
         rescaled: how this step's state of one tensor follows when that tensor is multiplied by a factor; None: not at all.
         across: of a step of stage "clipping": (gradients, parameters, states), each by site, of all blocks together ->
             gradients. Called once per step, after the preconditioners; `update` is not called then.
-        gain: update -> (m,), by which the gradient that reaches the tensors of an additive update is multiplied, row by row
-            of W, during backward. Must be picklable.
+        gain: by what the gradient that reaches the tensors of an additive update is multiplied during backward, row by row.
     """
 
     init: Callable[[Block], State]
@@ -92,7 +91,7 @@ class Step(NamedTuple):
     after: Callable[[State, Block], dict[str, Tensor]] | None = None
     rescaled: Callable[[dict[str, Tensor], Tensor], None] | None = None
     across: Across | None = None
-    gain: Callable[[LowRank], Tensor] | None = None
+    gain: Gain | None = None
 
 
 def stateless(
