@@ -1,19 +1,20 @@
 """Full-rank training of the packaged language model: what each gradient projection keeps, needs at its peak, and takes.
 
-Every method of the catalog's shelf of steps whose recipe trains a `weight` is a row. All linear layers are projected at a quarter
-of the model's width; embedding and norms are trained beside them by what the recipe gives plain tensors. Bytes are counted, times
-taken in turn with AdamW.
+Every method on the catalog's shelf of steps whose recipe trains a `weight` is a row. All linear layers are projected at a
+quarter of the model's width; embedding and norms are trained beside them by what the recipe gives plain tensors. Bytes are
+counted, times taken in turn with AdamW.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,6 @@ from rankwise.lab.packaged import packaged_folder
 
 MODEL, TOKENS = "packaged:smollm2", 128
 REFERENCE = "AdamW"
-ONE_BILLION = {"layers": 24, "hidden": 2048, "intermediate": 5461, "vocabulary": 32_000, "rank": 512}  # GaLore's LLaMA-1B
 # slug -> arguments that differ from the defaults beside the rank; {} leaves the rank alone too
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"conef": {}}
 
@@ -61,6 +61,7 @@ class Row:
 
     Attributes:
         name, slug: of the variant.
+        frozen: what lies underneath the trained weights.
         state: optimizer state of the linear layers, and of everything.
         state_8bit: the same with moments of 8 bits.
         peak: most live bytes of a step.
@@ -73,6 +74,7 @@ class Row:
 
     name: str
     slug: str
+    frozen: int
     state: tuple[int, int]
     state_8bit: tuple[int, int] | None = None
     peak: int = 0
@@ -141,8 +143,6 @@ class Training:
     """
 
     def __init__(self, base: nn.Module, recipe: Recipe, *, per_layer: bool = False) -> None:
-        import copy
-
         self.model: Any = copy.deepcopy(base)
         beside = [
             name
@@ -189,14 +189,14 @@ def rows(*, rounds: int, layers: int | None = None, base: nn.Module | None = Non
         base: another model, with a `config` like Llama's.
     """
     model = language_model(layers) if base is None else base
-    rank = int(model.config.hidden_size) // 4  # pyright: ignore[reportAttributeAccessIssue]
-    every, found = variants(rank), []
+    config: Any = model.config
+    every, found = variants(config.hidden_size // 4), []
     reference = Training(model, every[0].make())
     reference.step()
     for variant in every:
         print(f"  {variant.name}", file=sys.stderr, flush=True)
-        row = _counted(model, variant)
-        _timed(row, model, variant, reference, rounds)
+        row = counted(model, variant)
+        time_(row, model, variant, reference, rounds)
         found.append(row)
     return found
 
@@ -212,9 +212,13 @@ def language_model(layers: int | None = None) -> nn.Module:
     return model
 
 
-def _counted(model: nn.Module, variant: Variant) -> Row:
-    state, peak = Training(model, variant.make()).measured()
-    row = Row(variant.name, variant.slug, state, peak=peak)
+def counted(model: nn.Module, variant: Variant) -> Row:
+    """The bytes of one row."""
+    training = Training(model, variant.make())
+    frozen = sum(target.parameter().nbytes for target in training.handle.targets.values())
+    state, peak = training.measured()
+    del training
+    row = Row(variant.name, variant.slug, frozen, state, peak=peak)
     _, row.peak_per_layer = Training(model, variant.make(), per_layer=True).measured()
     small = eight_bits(variant)
     if small is not None:
@@ -222,8 +226,12 @@ def _counted(model: nn.Module, variant: Variant) -> Row:
     return row
 
 
-def _timed(row: Row, model: nn.Module, variant: Variant, reference: Training, rounds: int) -> None:
-    training = reference if not variant.slug else Training(model, variant.make())
+def time_(row: Row, model: nn.Module, variant: Variant, reference: Training, rounds: int) -> None:
+    """Puts the times into a row; `reference` has taken a step with AdamW before."""
+    if not variant.slug:
+        row.step, row.seconds = 1.0, min(_times(reference, rounds))
+        return
+    training = Training(model, variant.make())
     training.step()  # makes state and bases
     ratios = interleaved({REFERENCE: reference.step, "this": training.step}, REFERENCE, rounds=rounds, warm=1)
     row.step, row.seconds = ratios["this"].cpu, ratios[REFERENCE].milliseconds / 1e3
@@ -234,57 +242,15 @@ def _timed(row: Row, model: nn.Module, variant: Variant, reference: Training, ro
 
 def _extra(training: Training) -> float:
     """Seconds by which a refresh step is longer, where every second step is one."""
-    times = []
-    for _ in range(6):
-        begin = time.process_time()
-        training.step()
-        times.append(time.process_time() - begin)
+    times = _times(training, 6)
     return max(0.0, statistics.median(times[2::2]) - statistics.median(times[1::2]))
 
 
-def one_billion(row: Row) -> float | None:
-    """The share of AdamW's state that the catalog's formula saves on GaLore's LLaMA-1B at rank 512, all tensors counted."""
-    hidden, wide = ONE_BILLION["hidden"], ONE_BILLION["intermediate"]
-    shapes = [(hidden, hidden)] * 4 + [(wide, hidden)] * 2 + [(hidden, wide)]
-    rest = 2 * ONE_BILLION["vocabulary"] * hidden + (2 * ONE_BILLION["layers"] + 1) * hidden
-    whole = ONE_BILLION["layers"] * sum(m * n for m, n in shapes) + rest
-    if not row.slug:
-        return 0.0
-    formula, kept = rankwise.catalog.entry(row.slug).state, 0.0
-    for m, n in shapes:
-        known = {"m": m, "n": n, "r": ONE_BILLION["rank"], "numbers": m * n}
-        kept += eval(formula, {"__builtins__": {}, "min": min, "max": max}, known)  # a formula of our own catalog
-    return 1 - (ONE_BILLION["layers"] * kept + 2 * rest) / (2 * whole)
-
-
-def section(rows_: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table."""
-    base = rows_[0]
-    head = ["", "state", "linear", "all", "1B", "8 bits", "peak", "per layer", "8 bits", "step", "refresh s", "with refresh"]
-
-    def saved(part: int, whole: int) -> str:
-        return f"−{100 * (1 - part / whole):.1f} %"
-
-    def size(count: int | None) -> str:
-        return "" if count is None else f"{count / 2**20:,.0f}"
-
-    lines = []
-    for row in rows_:
-        share = one_billion(row)
-        lines.append(
-            [
-                row.name,
-                size(row.state[1]),
-                saved(row.state[0], base.state[0]),
-                saved(row.state[1], base.state[1]),
-                "" if share is None else f"−{100 * share:.1f} %",
-                "" if row.state_8bit is None else saved(row.state_8bit[1], base.state[1]),
-                size(row.peak),
-                size(row.peak_per_layer),
-                size(row.peak_8bit),
-                f"{row.step:.2f}",
-                ", ".join(f"{extra:.2f} / {period:g}" for extra, period in row.refresh),
-                f"{row.amortized:.2f}",
-            ]
-        )
-    return head, lines
+def _times(training: Training, steps: int) -> list[float]:
+    """CPU seconds of each of so many steps."""
+    times = []
+    for _ in range(steps):
+        begin = time.process_time()
+        training.step()
+        times.append(time.process_time() - begin)
+    return times

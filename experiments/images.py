@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankwise.core.errors import DataError
+from rankwise.core.randomness import generator_for
 from rankwise.lab.data import load_data
 from rankwise.lab.models import IMAGE
 
@@ -57,7 +59,11 @@ class Images:
 
 
 def images(size: Size) -> Images:
-    """Reads the images, a fixed choice of them, with mean 0 and deviation 1."""
+    """Reads the images, a fixed choice of them, with mean 0 and deviation 1.
+
+    Raises:
+        DataError: there are fewer images than a batch has.
+    """
     data = load_data(size.data, task=IMAGE, train_limit=size.images, eval_limit=size.held)
     column, label = data.columns["image"], data.columns["label"]
     number = {name: index for index, name in enumerate(data.labels)}
@@ -65,6 +71,8 @@ def images(size: Size) -> Images:
     for rows in (data.train, data.evaluation):
         pixels = np.stack([np.asarray(row[column], dtype=np.float32) for row in rows])
         parts += [torch.from_numpy(pixels)[:, None], torch.tensor([number[str(row[label])] for row in rows])]
+    if len(parts[1]) < size.rows:
+        raise DataError(f"{size.data} has {len(parts[1])} images to train on; a batch has {size.rows}")
     mean, deviation = parts[0].mean(), parts[0].std()
     return Images((parts[0] - mean) / deviation, parts[1], (parts[2] - mean) / deviation, parts[3], len(number))
 
@@ -100,7 +108,7 @@ def batch_at(data: Images, size: Size, step: int, seed: int) -> tuple[Tensor, Te
     """The images and labels of a step: the same for every method of a seed, each image once an epoch."""
     count = len(data.train) // size.rows
     epoch, place = divmod(step, count)
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    order = torch.randperm(len(data.train), generator=generator_for(seed, "epoch", epoch))
     rows = order[place * size.rows : (place + 1) * size.rows]
     return data.train[rows], data.train_labels[rows]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core.errors import DataError
+from rankwise.core.randomness import generator_for
 from rankwise.lab.data import load_data
 from rankwise.lab.models import CAUSAL
 
@@ -95,8 +96,8 @@ def corpus(size: Size) -> Corpus:
 
 def batch_at(text: Corpus, size: Size, step: int, seed: int) -> Tensor:
     """The rows (rows, tokens) of a step: the same for every method of a seed."""
-    generator = torch.Generator().manual_seed((seed << 32) + step)
-    starts = torch.randint(len(text.train) - size.tokens, (size.rows,), generator=generator)
+    chance = generator_for(seed, "batch", step)
+    starts = torch.randint(len(text.train) - size.tokens, (size.rows,), generator=chance)
     return torch.stack([text.train[start : start + size.tokens] for start in starts.tolist()])
 
 

@@ -102,6 +102,8 @@ whole run, refreshes and restarts included.
     def reading(self) -> str:
         """What the table says, in sentences that follow from its numbers."""
         done = [(one.name, row["loss"]) for one, row in zip(self.methods, self.rows, strict=True) if not row["failure"]]
+        if not done:
+            return "Every run diverged."
         best = min(done, key=lambda pair: pair[1])
         sentences = [f"Least validation loss: {best[0]}, {best[1]:.3f}."]
         twins = [loss for name, loss in done if name.startswith("AdamW")]
