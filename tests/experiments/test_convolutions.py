@@ -62,9 +62,8 @@ def test_accuracy_of_guessing_one_class(data: Images) -> None:
 
 
 def test_command_line_page_and_figure(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = replace(
-        data, train=data.train.repeat(2, 1, 1, 1), train_labels=data.train_labels.repeat(2)
-    )  # a batch of the real size
+    # 64 images: a batch of the real size
+    twice = replace(data, train=data.train.repeat(2, 1, 1, 1), train_labels=data.train_labels.repeat(2))
     monkeypatch.setattr(convolutions, "images", lambda size: twice)
     page = tmp_path / "page.md"
     given = ["--methods", "whole, AdamW", "whole, half as wide", "whole, SGD", "--steps", "2", "--seeds", "2"]

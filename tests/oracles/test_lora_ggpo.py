@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rankwise.perturbations.ggpo import gradient_row_squares, product_row_squares, row_variances
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rankwise
 from rankwise.core.handle import Handle
+from rankwise.perturbations.ggpo import gradient_row_squares, product_row_squares, row_variances
 from tests.oracles.tools_training import SITE, adapted, layer_model, normal, put, relative, roles_of
 
 M, N, RANK, SCALE = 4, 6, 2, 1.5

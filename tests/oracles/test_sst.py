@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rankwise.procedures.sst import probabilities
 from torch import Tensor, nn
 
 import rankwise
 from rankwise.core.handle import Handle
+from rankwise.procedures.sst import probabilities
 from tests.oracles.tools_training import SITE, adapted, normal, relative, with_spectrum
 
 M, N, RANK = 7, 5, 2

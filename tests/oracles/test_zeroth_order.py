@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rankwise.perturbations.zeroth_order import ZerothOrder, replay_
 from torch import Tensor, nn
 
 from rankwise.core.handle import Handle
+from rankwise.perturbations.zeroth_order import ZerothOrder, replay_
 from tests.oracles.tools_training import SITE, adapted, block_of, drawn, normal, orthonormal, put, relative, roles_of
 
 M, N, RANK = 4, 3, 2

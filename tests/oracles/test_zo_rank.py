@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from rankwise.perturbations.zo_rank import RankedZerothOrder, weights
 from torch import Tensor, nn
 
+from rankwise.perturbations.zo_rank import RankedZerothOrder, weights
 from tests.oracles.tools_training import SITE, adapted, block_of, normal, relative, roles_of
 
 Blocks = dict[str, dict[str, nn.Parameter]]
