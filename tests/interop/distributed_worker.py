@@ -24,8 +24,10 @@ RECIPES = {
     "vera": "vera(rank=6) + sgd(momentum=0.9)",
     "tied_lora": "tied_lora(rank=4) + sgd(momentum=0.9)",
     "intrinsic_dimension": "intrinsic_dimension(dimension=20) + sgd(momentum=0.9)",
+    "fira": "full + fira(rank=4, refresh=2)",
+    "apollo": "full + apollo(rank=4, refresh=2)",
 }
-STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2}
+STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "fira": 1e-2, "apollo": 1e-2}
 
 
 def batch(step: int) -> Tensor:
