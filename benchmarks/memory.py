@@ -33,6 +33,7 @@ MODEL, TOKENS = "packaged:smollm2", 128
 REFERENCE = "AdamW"
 # slug -> arguments that differ from the defaults beside the rank; {} leaves the rank alone too
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"conef": {}}
+STEADY = frozenset({"online_subspace_descent"})  # its basis moves at every step; the interval is a rate
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def eight_bits(variant: Variant) -> dict[str, Any] | None:
 
 def refreshes(variant: Variant) -> list[tuple[dict[str, Any], float]]:
     """Arguments under which every second step is a refresh of one kind, and how many steps lie between two of that kind."""
-    if not variant.slug:
+    if not variant.slug or variant.slug in STEADY:
         return []
     known = {
         name: parameter.default

@@ -35,7 +35,7 @@ METHODS = (
     Method(name="COAP", recipe="full + coap(rank={rank}, scale=0.25, refresh=8, recompute=5)", rate=1e-2),
     Method(
         name="Online Subspace Descent",
-        recipe="full + online_subspace_descent(rank={rank}, scale=0.25, interval={interval})",
+        recipe="full + online_subspace_descent(rank={rank}, scale=0.25, interval=200)",
         rate=1e-2,
     ),
     Method(name="APOLLO", recipe="full + apollo(rank={rank}, scale=1.0, refresh={interval})", rate=1e-2),
