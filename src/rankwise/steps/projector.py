@@ -14,7 +14,6 @@ choices keep. Tensors that are no matrix are given to the inner step as they are
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,42 +21,16 @@ from torch import Tensor
 from rankwise.core.errors import ArgumentError
 from rankwise.core.step import MOMENTS, Block, State, Step
 from rankwise.steps.grams import at_least_single
+from rankwise.steps.projection import SIDES, Projection, side_of
 
-SIDES = ("std", "reverse_std", "left", "right", "full")
 INNER = "inner."  # prefix of the inner step's state
 Kept = dict[str, Tensor]  # the state of one matrix
-
-
-class Projection(NamedTuple):
-    """The bases in use: P (m, r) with orthonormal columns, Q (r, n) with orthonormal rows; None where a side is whole."""
-
-    P: Tensor | None
-    Q: Tensor | None
-
-    def down(self, matrix: Tensor) -> Tensor:
-        """(m, n) -> the small shape."""
-        small = matrix if self.P is None else self.P.mT @ matrix
-        return small if self.Q is None else small @ self.Q.mT
-
-    def up(self, small: Tensor) -> Tensor:
-        """The small shape -> (m, n)."""
-        matrix = small if self.P is None else self.P @ small
-        return matrix if self.Q is None else matrix @ self.Q
 
 
 Basis = Callable[[Tensor, int, str, Kept], Projection]  # (gradient (m, n), rank, side, state) -> new bases
 Transport = Callable[[Kept, Projection, Projection], None]  # (state, old, new): moves the inner state over, in place
 Residual = Callable[[Tensor, Tensor, Tensor, Projection], Tensor | None]  # (G, R, N, bases) -> direction outside, (m, n)
 Limiter = Callable[[Tensor, Kept], Tensor]  # (residual direction, state) -> the same, held back
-
-
-def side_of(rule: str, m: int, n: int) -> str:
-    """The side a rule projects an (m, n) matrix on: "left", "right" or "full". "std" shortens the shorter dimension."""
-    if rule == "std":
-        return "right" if m >= n else "left"
-    if rule == "reverse_std":
-        return "left" if m >= n else "right"
-    return rule
 
 
 def svd_basis(gradient: Tensor, rank: int, side: str, kept: Kept) -> Projection:
