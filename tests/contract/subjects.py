@@ -100,10 +100,12 @@ class Subject:
 
 
 def subjects() -> list[Subject]:
-    """Every parameterization of the catalog with its tiny arguments, and its variants."""
+    """Every parameterization of the catalog and its variants, in tiny sizes; procedures that bring one of their own too."""
     found = []
-    for slug in rankwise.catalog.names("parameterization"):
+    for slug in [*rankwise.catalog.names("parameterization"), *rankwise.catalog.names("procedure")]:
         kept = rankwise.catalog.entry(slug)
+        if kept.shelf == "procedure" and "parameterization" not in kept.make(**kept.tiny).own:
+            continue
         found.append(Subject(slug, kept.make(**kept.tiny)))
         found += [Subject(text.replace("'", ""), rankwise.compose(text)) for text in kept.variants]
     return found

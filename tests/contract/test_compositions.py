@@ -34,8 +34,20 @@ def texts(shelf: str) -> list[str]:
     return [text for entry in entries for text in (entry.small, *entry.variants)]
 
 
-PARAMETERIZATIONS = [text for text in texts("parameterization") if "linear" in rankwise.compose(text).method.facts.layouts]
-OTHERS = {shelf: texts(shelf) for shelf in ("start", "step", "perturbation", "schedule", "procedure")}
+def owns_parameterization(text: str) -> bool:
+    """Whether a method of another shelf brings a parameterization that it cannot do without."""
+    return "parameterization" in rankwise.compose(text).own
+
+
+PARAMETERIZATIONS = [
+    text
+    for text in [*texts("parameterization"), *filter(owns_parameterization, texts("procedure"))]
+    if "linear" in rankwise.compose(text).method.facts.layouts
+]
+OTHERS = {
+    shelf: [text for text in texts(shelf) if not owns_parameterization(text)]
+    for shelf in ("start", "step", "perturbation", "schedule", "procedure")
+}
 # A host for pairs of other pieces: one that trains what they need.
 HOSTS = {"schedule": "gated_lora(rank=2, form='sora')"}
 
@@ -111,8 +123,7 @@ def trains(recipe: rankwise.Recipe, learning_rate: float) -> tuple[float, float]
     with torch.no_grad():
         first = small.loss().item()
     for _ in range(STEP_COUNT):
-        small.loss().backward()
-        handle.after_backward(lambda: small.loss().backward())
+        handle.backward(small.loss)
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.core.step import BlockOptimizer
+from rankwise.core.optimizer import BlockOptimizer
 
 SHAPES = [(6, 9), (9, 6), (6, 6)]
 Gradient = Callable[[int, Tensor], Tensor]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import rankwise
 from rankwise.core.handle import Handle
 from rankwise.core.operators import LowRank
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.protocols import RankSchedule
 from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import LayerStatistics, MomentCollector
-from rankwise.core.step import BlockOptimizer, Step
+from rankwise.core.step import Step
 
 SITE = "layer"
 

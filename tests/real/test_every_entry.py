@@ -138,14 +138,7 @@ def train(subject: Subject, model: nn.Module, handle: rankwise.Handle, *, steps:
     optimizer = handle.optimizer(lr=1e-3)
     losses = []
     for batch in subject.batches[:steps]:
-
-        def replay(batch: Batch = batch) -> Tensor:
-            loss = subject.loss(model, batch)
-            loss.backward()
-            return loss
-
-        losses.append(float(replay()))
-        handle.after_backward(replay)
+        losses.append(float(handle.backward(lambda batch=batch: subject.loss(model, batch))))
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()

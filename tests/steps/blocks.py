@@ -2,7 +2,7 @@
 
 import torch
 
-from rankwise.core.step import BlockOptimizer
+from rankwise.core.optimizer import BlockOptimizer
 
 
 def pair(m=7, n=6, r=3, seed=0, dtype=torch.float64):

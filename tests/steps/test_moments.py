@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankwise.core.errors import ArgumentError
-from rankwise.core.step import BlockOptimizer
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.steps.moments import adamw, sgd
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rankwise.core.errors import ArgumentError
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.piece import piece
-from rankwise.core.step import BlockOptimizer
 from rankwise.steps.galore import galore
 from rankwise.steps.moments import adamw, sgd
 from rankwise.steps.projector import projected, side_of

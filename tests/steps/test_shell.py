@@ -6,9 +6,10 @@ from torch import nn
 
 import rankwise
 from rankwise.core.errors import ArgumentError, RecipeError
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
-from rankwise.core.step import BlockOptimizer, chain
+from rankwise.core.step import chain
 from rankwise.parameterizations.lora import LoRA
 from rankwise.steps.moments import adamw, sgd
 from rankwise.steps.ratio import lora_plus

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise.core.errors import ArgumentError, RecipeError
-from rankwise.core.step import BlockOptimizer
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.steps.moments import adamw
 from rankwise.steps.stiefel import RETRACTIONS, nearest_orthogonal, stiefel_adam
 

@@ -224,7 +224,11 @@ def _auxiliary(model: nn.Module, train_also: Sequence[str]) -> dict[str, nn.Para
         if not inside:
             raise TargetError(f"train_also: {wanted!r} has no parameters to train")
         found |= inside
-    return found
+    ordered: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # in the model's order; a tied tensor once
+        if name in found and not any(parameter is other for other in ordered.values()):
+            ordered[name] = parameter
+    return ordered
 
 
 def _collected(statistics: Statistics | None, sites: Mapping[str, Site]) -> set[Statistic]:

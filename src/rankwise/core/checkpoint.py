@@ -238,6 +238,10 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], sites: Mapping[str, Any
                 f"{folder}: {site} is {target.m}×{target.n} here and {stored['m']}×{stored['n']} in the file; another base?"
             )
         entry = handle.parameterization(site)
+        own = {
+            key.removeprefix(f"{site}."): tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith(f"{site}.")
+        }
+        handle.make_room(site, own)
         if 0 <= int(stored["rank"]) < entry.rank:
             decisions.resize(entry, torch.arange(entry.rank) < int(stored["rank"]), None)
         for part in ("carried_B", "carried_A"):

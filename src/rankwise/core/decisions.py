@@ -13,13 +13,13 @@ from rankwise.core.bank import BANKS, Bank
 from rankwise.core.bindings import Adapters
 from rankwise.core.errors import MergeError, TrainingError
 from rankwise.core.merge import absorb_site
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.parameterization import Parameterization
-from rankwise.core.protocols import Assign, Decision, Freeze, Keep, Mask, Resize, Restart
+from rankwise.core.protocols import Assign, Decision, Freeze, Keep, Mask, Renew, Resize, Restart
 from rankwise.core.queries import as_low_rank
-from rankwise.core.randomness import MaskStream
+from rankwise.core.randomness import MaskStream, generator_for
 from rankwise.core.sharding import is_sharded, sharded_like
 from rankwise.core.sites import site_of
-from rankwise.core.step import BlockOptimizer
 from rankwise.core.targets import Target, tied_with
 
 if TYPE_CHECKING:
@@ -46,10 +46,15 @@ def carry_out(handle: Handle, site: str, decision: Decision, optimizer: BlockOpt
             resize(entry, keep, optimizer)
         case Freeze(roles):
             freeze(entry, roles, optimizer)
-        case Restart(moments):
+        case Renew(what, arguments):
+            generator = generator_for(handle.seed, site, what, handle.step_count)
+            renew(entry, site, what, generator, arguments, optimizer)
+        case Restart(moments, rank):
             seed = zlib.crc32(f"restart/{handle.seed}/{handle.step_count}".encode())
             beside = bool(tied_with(handle.model, site))  # writing into a tied weight would change its twin
             restart(handle.targets[site], handle.name, moments, optimizer, seed, beside=beside)
+            if rank is not None and rank < entry.rank:
+                resize(entry, torch.arange(entry.rank) < rank, optimizer)
 
 
 @torch.no_grad()
@@ -123,6 +128,40 @@ def freeze(entry: Parameterization | Bank, roles: frozenset[str], optimizer: Blo
 
 
 @torch.no_grad()
+def renew(
+    entry: Parameterization,
+    site: str,
+    what: str,
+    generator: torch.Generator,
+    arguments: Mapping[str, Any],
+    optimizer: BlockOptimizer | None,
+) -> None:
+    """Lets a parameterization change its tensors, and takes the optimizer along.
+
+    Raises:
+        TrainingError: a tensor is sharded.
+    """
+    before = entry.roles()
+    if any(is_sharded(tensor) for tensor in before.values()):
+        raise TrainingError(f"{site} is sharded (FSDP), and its tensors are to {what} as a whole; train with DDP instead")
+    changed = entry.renew(what, generator, **arguments)
+    if optimizer is None:
+        return
+    after = entry.roles()
+    optimizer.exchange(site, before, after)
+    for role, transport in changed.items():
+        if role not in after:
+            continue
+        if transport is None:
+            optimizer.state.pop(after[role], None)
+            continue
+        state: dict[str, Any] = optimizer.state.get(after[role], {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim():
+                state[name] = transport(value)
+
+
+@torch.no_grad()
 def restart(
     target: Target, name: str, moments: str | float, optimizer: BlockOptimizer | None, seed: int, *, beside: bool = False
 ) -> None:
@@ -155,6 +194,9 @@ def restart(
     if optimizer is None:
         return
     for parameter in entry.roles().values():
+        if moments == "fresh":
+            optimizer.state.pop(parameter, None)
+            continue
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for value in state.values():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():

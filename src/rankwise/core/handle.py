@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from rankwise.core import merge, training
 from rankwise.core.bank import BANKS, Bank, bank_of, detach_bank
 from rankwise.core.bindings import Adapters, activate_, adapted_layers, detach
+from rankwise.core.calls import Calls
 from rankwise.core.coverage import coverage_of, summary_of
 from rankwise.core.errors import MergeError, TargetError, TrainingError, did_you_mean
 from rankwise.core.freezing import frozen_roles, thaw
 from rankwise.core.operators import LowRank, Operator
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.parameterization import Parameterization
 from rankwise.core.protocols import Decision, Freeze, Perturbation, Procedure, RankSchedule
 from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
-from rankwise.core.step import BlockOptimizer, SiteBlock
 from rankwise.core.targets import Target
 
 
@@ -59,8 +60,14 @@ class Handle:
         self._optimizer: BlockOptimizer | None = None
         parts = [type(part).__name__ for part in (self.perturbation, self.schedule, self.procedure) if part is not None]
         between = parts[: len(parts) - (self.procedure is not None)]
-        self._calls = training.Calls(next(iter(between), None), next(iter(parts), None), recipe.name)
-        masks.recording = self.perturbation is not None and self.perturbation.second_pass
+        self.calls = Calls(next(iter(between), None), next(iter(parts), None), recipe.name)
+        second = [part.second_pass for part in (self.perturbation, self.procedure) if part is not None]
+        masks.recording = any(second)
+        if self.procedure is not None:
+            self.procedure.begin({site: target.mode_shape() for site, target in self.targets.items()})
+        if self.perturbation is not None:
+            for site in self.targets:
+                self.parameterization(site).around = self.perturbation.around(site)
         self._hook = model.register_forward_pre_hook(masks.start_forward)
 
     # -- looking inside ------------------------------------------------------------------------------------------------
@@ -111,7 +118,7 @@ class Handle:
     def plain_blocks(self) -> dict[str, dict[str, nn.Parameter]]:
         """Tensors trained whole beside the adapter, as blocks."""
         blocks: dict[str, dict[str, nn.Parameter]] = {}
-        named = dict(self.model.named_parameters())
+        named = dict(self.model.named_parameters(remove_duplicate=False))
         for name in self.auxiliary:
             owner, _, role = name.rpartition(".")
             blocks.setdefault(owner, {})[role] = named[name]
@@ -131,41 +138,28 @@ class Handle:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def optimizer(self, lr: float, **overrides: Any) -> BlockOptimizer:
+    def optimizer(self, lr: float, *, per_layer: bool = False, **overrides: Any) -> BlockOptimizer:
         """The recipe's optimizer over this adapter's tensors. Make it after the model is wrapped (FSDP).
 
         Args:
             lr: learning rate.
+            per_layer: move every layer during backward, as soon as its gradients are there, and free these: the gradients of
+                the whole model are then never in memory together. For one process, without accumulation, clipping, gradient
+                scalers and whatever else works between backward and step.
             **overrides: arguments of the recipe's steps, such as `weight_decay=0.01` or `ratio=8`.
 
         Raises:
             ArgumentError: no step of the recipe has such an argument.
+            TrainingError: nothing is trained, or the recipe cannot be run per layer.
         """
-        from rankwise.core.adapt import steps_with  # a chain of steps needs the recipe's signatures, which adapt.py reads
-
-        plain = self.plain_blocks()
-        if not self.blocks() and not plain:
-            raise TrainingError(
-                f"no tensor of adapter {self.name!r} is trained; it was loaded with trainable=False or for inference, or frozen"
-            )
-        facts = {
-            site: SiteBlock(site=site, scale=self.parameterization(site).scale, shape=target.mode_shape())
-            for site, target in self.targets.items()
-        }
-        self._optimizer = BlockOptimizer(
-            {**self.blocks(), **plain},
-            steps_with(self.recipe, overrides),
-            lr,
-            plain=plain,
-            before=self._before_step,
-            facts=facts,
-        )
+        self._optimizer = training.optimizer_of(self, lr, per_layer, overrides)
         return self._optimizer
 
-    def _before_step(self) -> None:
+    def before_step(self) -> None:
+        """Called by the optimizer at the start of every step."""
         for _, _, adapters in adapted_layers(self.model):
             adapters.checkpointed.clear()
-        self._calls.before_step()
+        self.calls.before_step()
 
     @property
     def learning_rate(self) -> float:
@@ -187,29 +181,21 @@ class Handle:
         Raises:
             TrainingError: a gradient is not finite, or a two-pass method got no replay or another step's.
         """
-        blocks = self.blocks()
-        everything = {**blocks, **self.plain_blocks()}
-        self._calls.before_backward_part(everything)
-        if check_finite:
-            training.check_finite(everything, self.step_count)
-        if self.schedule is not None:
-            self.schedule.before_step(self.step_count, blocks)
-        part = self.perturbation
-        if part is not None and part.second_pass:
-            self._second_gradient(part, blocks, everything, replay)
-            if check_finite:
-                training.check_finite(everything, self.step_count)
-        elif part is not None:
-            part.move(blocks, learning_rate=self.learning_rate)
-        self.masks.forget()
-        self._calls.after_backward_part(everything)
+        training.after_backward(self, replay, check_finite)
 
-    def _second_gradient(self, part: Perturbation, blocks: Any, everything: Any, replay: Callable[[], Any] | None) -> None:
-        def add_regularizer() -> None:
-            if self.schedule is not None:
-                self.schedule.before_step(self.step_count, blocks)
+    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Forward and backward of one step, as the recipe wants them: twice for SAM, no backward at all for zeroth order.
 
-        training.second_gradient(self.model, part, everything, self.masks, self.learning_rate, replay, add_regularizer)
+        Args:
+            closure: gives the loss of this batch; does not call backward. It may be called several times.
+
+        Returns:
+            The loss, detached.
+
+        Raises:
+            TrainingError: a gradient is not finite.
+        """
+        return training.backward(self, closure)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -224,7 +210,7 @@ class Handle:
         if self.perturbation is not None:
             self.perturbation.advance()
         self.step_count += 1
-        self._calls.after_step()
+        self.calls.after_step()
 
     def apply_(self, decisions: Mapping[str, Decision]) -> None:
         """Carries out decisions now (prune zero gates, freeze a role), optimizer state included."""
@@ -232,6 +218,14 @@ class Handle:
 
         for site, decision in decisions.items():
             carry_out(self, site, decision, self._optimizer)
+
+    def make_room(self, site: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Before a file fills the tensors of a site: brings their names and shapes to those in the file, optimizer included."""
+        entry = self.parameterization(site)
+        before = entry.roles()
+        entry.make_room(shapes)
+        if self._optimizer is not None:
+            self._optimizer.exchange(site, before, entry.roles())
 
     def unfinished(self) -> str | None:
         """Why the schedule has not done its work after the steps taken so far (no rank pruned, say), or None."""
@@ -322,5 +316,5 @@ def trained_tensors(handle: Handle) -> dict[str, Tensor]:
             tensors[f"{site}.{key}"] = tensor
     if handle.bank is not None:
         tensors |= {f"{BANKS}.{key}": tensor for key, tensor in handle.bank.state_dict().items()}
-    named = dict(handle.model.named_parameters())
+    named = dict(handle.model.named_parameters(remove_duplicate=False))
     return tensors | {name: named[name] for name in handle.auxiliary}

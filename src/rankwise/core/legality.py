@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rankwise.core.errors import Problem
 from rankwise.core.parameterization import FROZEN_OUTPUT, INPUT, OUTPUT, PAIR, PRODUCT, Site
 from rankwise.core.statistics import Statistic
-from rankwise.core.step import MOMENTS
+from rankwise.core.step import CLIPPING, MOMENTS
 
 if TYPE_CHECKING:
     from rankwise.core.recipe import Recipe
@@ -35,6 +35,9 @@ def problems_of(recipe: Recipe, sites: Iterable[Site] = (), collected: Iterable[
         *_gate_problems(recipe),
         *_pruning_problems(recipe),
         *_restart_problems(recipe),
+        *_renewal_problems(recipe),
+        *_pass_problems(recipe),
+        *_chain_problems(recipe),
         *_start_problems(recipe),
         *_statistics_problems(recipe, collected),
         *_site_problems(recipe, list(sites)),
@@ -106,6 +109,11 @@ def _role_problems(recipe: Recipe) -> list[Problem]:
                         remedy=_role_remedy(needed, part.name),
                     )
                 )
+    return found
+
+
+def _chain_problems(recipe: Recipe) -> list[Problem]:
+    found = []
     steps = recipe.steps()
     moments = [step.name for step in steps if step.stage == MOMENTS]
     if len(moments) != 1:
@@ -127,7 +135,63 @@ def _role_problems(recipe: Recipe) -> list[Problem]:
                 remedy=f"keep {' or '.join(preconditioners)}",
             )
         )
+    clipping = [step.name for step in steps if step.stage == CLIPPING]
+    ordered = [step.name for step in steps if step.order]
+    if len(clipping) > 1 or (clipping and ordered):
+        found.append(
+            Problem(
+                piece="the chain of steps",
+                needs="at most one step that clips, and none that moves factors one after the other beside it",
+                has=f"this one has {' and '.join([*clipping, *ordered])}",
+                remedy=f"keep {' or '.join([*clipping, *ordered])}",
+            )
+        )
+    gains = [step.name for step in steps if step.gain is not None]
+    if gains and (len(gains) > 1 or not recipe.method.facts.additive):
+        found.append(
+            Problem(
+                piece=f"step {gains[0]}",
+                needs="an additive parameterization, W' = W + s B A, and no other step that rescales rows of the gradient",
+                has=f"the steps {' and '.join(gains)} on {recipe.parameterization.name}",
+                remedy="use lora, rslora or gated_lora, and name it once",
+            )
+        )
     return found
+
+
+def _pass_problems(recipe: Recipe) -> list[Problem]:
+    """Two methods that each take gradients in a way of their own."""
+    parts = [part for part in (recipe.perturbation, recipe.procedure) if part is not None]
+    own: list[str] = [
+        part.name
+        for part in parts
+        if getattr(part.factory, "second_pass", False) or getattr(part.factory, "forward_only", False)
+    ]
+    if len(own) < 2:
+        return []
+    return [
+        Problem(
+            piece=" and ".join(own),
+            needs="one method that decides how gradients are taken",
+            has=f"both {own[0]} and {own[1]} do",
+            remedy=f"keep {own[0]} or {own[1]}",
+        )
+    ]
+
+
+def _renewal_problems(recipe: Recipe) -> list[Problem]:
+    asked: frozenset[str] = frozenset() if recipe.procedure is None else recipe.procedure.factory.renews  # type: ignore[attr-defined]
+    missing = sorted(asked - recipe.method.renewals())
+    if recipe.procedure is None or not missing:
+        return []
+    return [
+        Problem(
+            piece=f"procedure {recipe.procedure.name}",
+            needs=f"a parameterization that can {' and '.join(missing)}",
+            has=f"{recipe.parameterization.name} cannot",
+            remedy="leave out the other parameterization; the procedure brings its own",
+        )
+    ]
 
 
 def _start_problems(recipe: Recipe) -> list[Problem]:

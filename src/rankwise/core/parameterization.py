@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rankwise.core.bank import Bank
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import Problem
+from rankwise.core.gain import with_gain
 from rankwise.core.layouts import Layout
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.queries import as_low_rank
@@ -138,6 +139,8 @@ class Parameterization(nn.Module, ABC):
         self.register_buffer("carried_B", None)
         self.register_buffer("carried_A", None)
         self.replacement = None  # where there is one, it is absorbed
+        self.gradient_gain: Callable[[LowRank], Tensor] | None = None  # see `Step.gain`
+        self.around: Callable[[Parameterization, Operator], Operator] | None = None  # see `Perturbation.around`
         self.absorbed = False
 
     @classmethod
@@ -164,6 +167,11 @@ class Parameterization(nn.Module, ABC):
     def restarts(cls, **arguments: Any) -> bool:
         """Whether a site can be absorbed into the weight and begin again: additive with exact factors, and has a `restart`."""
         return cls.restart is not Parameterization.restart and cls.facts.additive and cls.facts.exact_lora_export
+
+    @classmethod
+    def renewals(cls) -> frozenset[str]:
+        """What `renew` can do."""
+        return frozenset()
 
     @classmethod
     def gate_starts_open(cls, **arguments: Any) -> bool:
@@ -221,6 +229,17 @@ class Parameterization(nn.Module, ABC):
         """Draws the trained tensors again, from a freshly seeded site, so that `update()` is zero; see `restarts`."""
         raise TypeError(f"{type(self).__name__} cannot be restarted; this is a bug in rankwise")
 
+    def renew(self, what: str, generator: torch.Generator, **arguments: Any) -> Mapping[str, Callable[[Tensor], Tensor] | None]:
+        """Does what a `Renew` decision asks for; it may replace its tensors by others.
+
+        Returns:
+            Roles whose tensors mean something else now -> how moments of that tensor follow; None: its state is forgotten.
+        """
+        raise TypeError(f"{type(self).__name__} cannot {what}; this is a bug in rankwise")
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Before a file fills the tensors: brings names and shapes to those in the file."""
+
     def roles(self) -> dict[str, nn.Parameter]:
         """Trained tensors by role: the last part of the parameter's name."""
         named: dict[str, nn.Parameter] = {}
@@ -253,7 +272,8 @@ class Parameterization(nn.Module, ABC):
     def effective(self, base: Operator) -> Operator:
         """The adapted operator on this base, with what is carried applied unless the weight holds it already."""
         carried = self.carried()
-        return self.forward(base if carried is None or self.absorbed else Sum(base, carried))
+        adapted = self.forward(base if carried is None or self.absorbed else Sum(base, carried))
+        return adapted if self.around is None or not self.training else self.around(self, adapted)
 
     def moved(self, untouched: Operator) -> Operator | None:
         """What this adapter changed in the base beside its own work: what it carries, and what replaces the weight."""
@@ -279,7 +299,10 @@ class Additive(Parameterization):
         """W' - W."""
 
     def forward(self, base: Operator) -> Operator:
-        return Sum(base, self.update())
+        update = self.update()
+        if self.gradient_gain is not None and self.training and torch.is_grad_enabled():
+            update = with_gain(update, self.gradient_gain)
+        return Sum(base, update)
 
     def low_rank(self) -> LowRank | None:
         """The exact factors of the update, or None."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.operators import LowRank, Operator
-from rankwise.core.parameterization import Replacement
+from rankwise.core.parameterization import Parameterization, Replacement
 from rankwise.core.statistics import LayerStatistics, Statistic
 from rankwise.core.step import Block
 
@@ -52,19 +52,30 @@ class Replacing(Approximation, Protocol):
         ...
 
 
-class Perturbation(ABC):
+class Perturbation(ABC):  # noqa: B024  (one either moves, estimates or wraps)
     """Interface: moves the trained tensors between backward and the optimizer's step.
 
     With `second_pass`, the gradients are taken again at the moved point and `restore` brings the tensors back to the bit.
-    Without, the move stays (BAR's rescaling).
+    Without, the move stays (BAR's rescaling). With `forward_only` there is no backward at all: `estimate` makes the gradients.
     """
 
     roles: ClassVar[frozenset[str]] = frozenset()
     second_pass: bool = False
+    forward_only: bool = False
 
-    @abstractmethod
-    def move(self, blocks: Mapping[str, Block], *, learning_rate: float) -> None:
+    def move(self, blocks: Mapping[str, Block], *, learning_rate: float) -> None:  # noqa: B027  (some only wrap or estimate)
         """Moves the tensors in place, reading their `.grad`."""
+
+    def estimate(self, blocks: Mapping[str, Block], evaluate: Callable[[], Tensor], *, learning_rate: float) -> Tensor:
+        """Puts an estimate into every `.grad` from losses alone, and leaves the tensors as they were to the bit.
+
+        `evaluate` gives the loss of this batch, without dropout, wherever the tensors are. Returns the loss to report.
+        """
+        raise TypeError(f"{type(self).__name__} estimates no gradients; this is a bug in rankwise")
+
+    def around(self, site: str) -> Callable[[Parameterization, Operator], Operator] | None:
+        """What wraps the adapted operator of a site in training mode: (parameterization, adapted) -> operator; picklable."""
+        return None
 
     def restore(self, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (only two-pass perturbations restore)
         """Undoes `move` exactly."""
@@ -110,10 +121,13 @@ class Freeze:
 class Restart:
     """Absorb the update into the frozen weight and begin again at zero; `moments` says what becomes of optimizer state.
 
-    moments: "reset" zeroes them; a number q in (0, 1) keeps the largest 1 - q fraction by magnitude.
+    moments: "reset" zeroes them; a number q in (0, 1) keeps the largest 1 - q fraction by magnitude; "fresh" forgets the
+        counters too.
+    rank: to begin again with, at most the present one; None keeps it.
     """
 
     moments: str | float = "reset"
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,15 @@ class Assign:
     values: Mapping[str, Tensor]
 
 
-Decision = Keep | Mask | Resize | Freeze | Restart | Assign
+@dataclass(frozen=True)
+class Renew:
+    """Let the parameterization do something of its own, such as a new basis or another rank; see `Parameterization.renew`."""
+
+    what: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+Decision = Keep | Mask | Resize | Freeze | Restart | Assign | Renew
 
 
 class RankSchedule(ABC):
@@ -164,10 +186,24 @@ class Procedure(ABC):
     Attributes:
         roles: trained tensors it needs.
         restarts: whether it begins sites again (`Restart`), which not every parameterization can.
+        renews: what it asks of sites (`Renew`); only parameterizations that can are legal.
+        second_pass: whether the gradients are taken again after `between`.
     """
 
     roles: ClassVar[frozenset[str]] = frozenset()
     restarts: ClassVar[bool] = False
+    renews: ClassVar[frozenset[str]] = frozenset()
+    second_pass: bool = False
+
+    def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> None:  # noqa: B027  (most need no shapes)
+        """Called once, with the shape (out, in, kernel…) of every site."""
+
+    def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (most add nothing)
+        """After backward: may add the gradient of a regularizer to `.grad`."""
+
+    def between(self, step: int, blocks: Mapping[str, Block], *, learning_rate: float) -> Mapping[str, Decision]:
+        """With `second_pass`: after the first backward, its gradients still there. They are taken again afterwards."""
+        return {}
 
     @abstractmethod
     def decide(self, step: int, blocks: Mapping[str, Block], *, learning_rate: float) -> Mapping[str, Decision]:

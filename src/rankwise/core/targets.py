@@ -142,7 +142,7 @@ def find_targets(model: nn.Module, where: Where, exclude: Iterable[str] = ()) ->
     else:
         chosen = _named(modules, [where] if isinstance(where, str) else list(where))
     targets: dict[str, Target] = {}
-    for name in chosen:
+    for name in sorted(chosen, key=list(modules).index):  # the model's order, so that an optimizer's state finds its tensors
         target = target_of(name, modules[name])
         if target is None:
             inside = [other for other in modules if other.startswith(f"{name}.") and layout_of(modules[other]) is not None]

@@ -2,81 +2,92 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from rankwise.core.calls import Blocks, some_gradient
 from rankwise.core.errors import TrainingError
-from rankwise.core.protocols import Perturbation
-from rankwise.core.randomness import MaskStream
+from rankwise.core.optimizer import BlockOptimizer
+from rankwise.core.protocols import Perturbation, Procedure
 from rankwise.core.sharding import whole
+from rankwise.core.step import SiteBlock, Step
 
-Blocks = Mapping[str, Mapping[str, Tensor]]
-
-
-class Calls:
-    """Watches that `after_backward`, `optimizer.step` and `after_step` come in turn; a forgotten one would be silent otherwise.
-
-    Args:
-        backward: name of the piece that works between backward and step; None if there is none.
-        step: name of the piece that works after the step; None if there is none.
-        recipe: its name, for messages.
-    """
-
-    def __init__(self, backward: str | None, step: str | None, recipe: str) -> None:
-        self.backward, self.step, self.recipe = backward, step, recipe
-        self._backward_done = self._stepped = False
-        self._gradient: weakref.ref[Tensor] | None = None
-
-    def before_backward_part(self, blocks: Blocks) -> None:
-        """At the start of `after_backward`.
-
-        Raises:
-            TrainingError: it ran on these very gradients before.
-        """
-        seen = None if self._gradient is None else self._gradient()
-        if self.backward and self._backward_done and seen is not None and seen is _some_gradient(blocks):
-            raise TrainingError(
-                f"handle.after_backward() ran twice on the same gradients, and {self.backward} would act twice. When gradients "
-                "are accumulated over micro-batches, call it once, after the last backward() and before optimizer.step()"
-            )
-
-    def after_backward_part(self, blocks: Blocks) -> None:
-        """At the end of `after_backward`."""
-        gradient = _some_gradient(blocks)
-        self._gradient = None if gradient is None else weakref.ref(gradient)
-        self._backward_done = True
-
-    def before_step(self) -> None:
-        """At the start of `optimizer.step`.
-
-        Raises:
-            TrainingError: `after_backward` of this step, or `after_step` of the last one, was forgotten.
-        """
-        if self._stepped and self.step:
-            raise TrainingError(
-                f"the recipe {self.recipe!r} has {self.step}, which works after the optimizer's step, but handle.after_step() "
-                "was not called after the last one; call it after every optimizer.step(), before zero_grad()"
-            )
-        if self.backward and not self._backward_done:
-            raise TrainingError(
-                f"the recipe {self.recipe!r} has {self.backward}, which works between backward and step; "
-                "call handle.after_backward() after loss.backward() and handle.after_step() after optimizer.step()"
-            )
-        self._stepped = True
-
-    def after_step(self) -> None:
-        """At the end of `after_step`."""
-        self._backward_done = self._stepped = False
-        self._gradient = None
+if TYPE_CHECKING:
+    from rankwise.core.handle import Handle
 
 
-def _some_gradient(blocks: Blocks) -> Tensor | None:
-    return next((tensor.grad for block in blocks.values() for tensor in block.values() if tensor.grad is not None), None)
+def optimizer_of(handle: Handle, lr: float, per_layer: bool, overrides: Mapping[str, Any]) -> BlockOptimizer:
+    """The optimizer of a recipe; see `Handle.optimizer`."""
+    from rankwise.core.adapt import steps_with  # a chain of steps needs the recipe's signatures, which adapt.py reads
+
+    plain = handle.plain_blocks()
+    blocks = {**handle.blocks(), **plain}
+    if not blocks:
+        raise TrainingError(
+            f"no tensor of adapter {handle.name!r} is trained; it was loaded with trainable=False or for inference, or frozen"
+        )
+    steps, facts = steps_with(handle.recipe, overrides), {}
+    if per_layer:
+        refuse_per_layer(handle, steps)
+    for site, target in handle.targets.items():
+        entry = handle.parameterization(site)
+        entry.gradient_gain = next((step.gain for step in steps if step.gain is not None), None)
+        facts[site] = SiteBlock(site=site, scale=entry.scale, shape=target.mode_shape())
+    return BlockOptimizer(blocks, steps, lr, plain=plain, before=handle.before_step, facts=facts, per_layer=per_layer)
+
+
+def backward(handle: Handle, closure: Callable[[], Tensor]) -> Tensor:
+    """Forward and backward of one step as the recipe wants them; see `Handle.backward`."""
+    part = handle.perturbation
+    if part is None or not part.forward_only:
+        loss = closure()
+        loss.backward()
+        handle.after_backward(lambda: closure().backward())
+        return loss.detach()
+    everything = {**handle.blocks(), **handle.plain_blocks()}
+    handle.calls.before_backward_part(everything)
+    with evaluating(handle.model):
+        loss = part.estimate(everything, closure, learning_rate=handle.learning_rate)
+    check_finite(everything, handle.step_count)
+    _add_regularizers(handle)
+    handle.calls.after_backward_part(everything)
+    return loss.detach()
+
+
+def after_backward(handle: Handle, replay: Callable[[], Any] | None, finite: bool) -> None:
+    """What works between backward and step; see `Handle.after_backward`."""
+    part, procedure = handle.perturbation, handle.procedure
+    if part is not None and part.forward_only:
+        raise TrainingError(
+            f"{type(part).__name__} takes no backward: call loss = handle.backward(lambda: loss of this batch) in place of "
+            "loss.backward() and handle.after_backward()"
+        )
+    everything = {**handle.blocks(), **handle.plain_blocks()}
+    handle.calls.before_backward_part(everything)
+    if finite:
+        check_finite(everything, handle.step_count)
+    _add_regularizers(handle)
+    if procedure is not None and procedure.second_pass:
+        gradient_at_new_point(handle, procedure, everything, replay)
+    elif part is not None and part.second_pass:
+        second_gradient(handle, part, everything, replay)
+    if handle.masks.recording and finite:
+        check_finite(everything, handle.step_count)
+    if part is not None and not part.second_pass:
+        part.move(handle.blocks(), learning_rate=handle.learning_rate)
+    handle.masks.forget()
+    handle.calls.after_backward_part({**handle.blocks(), **handle.plain_blocks()})
+
+
+def _add_regularizers(handle: Handle) -> None:
+    """Adds what belongs to the loss but not to the batch."""
+    for part in (handle.schedule, handle.procedure):
+        if part is not None:
+            part.before_step(handle.step_count, handle.blocks())
 
 
 def check_finite(blocks: Blocks, step: int) -> None:
@@ -94,48 +105,94 @@ def check_finite(blocks: Blocks, step: int) -> None:
                 )
 
 
-def second_gradient(
-    model: nn.Module,
-    perturbation: Perturbation,
-    blocks: Blocks,
-    masks: MaskStream,
-    learning_rate: float,
-    replay: Callable[[], Any] | None,
-    then: Callable[[], None],
-) -> None:
+def second_gradient(handle: Handle, perturbation: Perturbation, blocks: Blocks, replay: Callable[[], Any] | None) -> None:
     """Moves, takes the gradients again with the dropout masks of the first pass, and moves back to the bit.
 
     Args:
-        model: whose running statistics (batch norm) are to see the batch once.
+        handle: whose model and masks.
         perturbation: a two-pass one.
         blocks: every trained tensor.
-        masks: of the adapter.
-        learning_rate: of the next step.
         replay: runs the forwards and backwards of this step again.
-        then: adds what belongs to the loss but not to the batch, at the moved point.
 
     Raises:
         TrainingError: there is no replay, or it is not the step again.
     """
-    if replay is None:
-        raise TrainingError(
-            f"{type(perturbation).__name__} takes the gradient a second time; pass a function that runs forward and "
-            "backward of this batch again: handle.after_backward(lambda: model(**batch).loss.backward())"
-        )
-    perturbation.move(blocks, learning_rate=learning_rate)
+    _check_replay(replay, perturbation)
+    perturbation.move(blocks, learning_rate=handle.learning_rate)
     try:
-        for block in blocks.values():
-            for tensor in block.values():
-                tensor.grad = None
-        with masks.replayed(), running_statistics_kept(model), torch.enable_grad():
-            replay()
-        if _some_gradient(blocks) is None:
-            raise TrainingError(
-                "the replay gave no gradient; it has to run forward and backward: lambda: loss(batch).backward()"
-            )
-        then()
+        _take_again(handle, blocks, replay)
+        _add_regularizers(handle)
     finally:
         perturbation.restore(blocks)
+
+
+def gradient_at_new_point(handle: Handle, procedure: Procedure, blocks: Blocks, replay: Callable[[], Any] | None) -> None:
+    """Carries out what the procedure decides between the passes, and takes the gradients again where that has led.
+
+    Args:
+        handle, blocks, replay: as for `second_gradient`.
+        procedure: a two-pass one.
+
+    Raises:
+        TrainingError: there is no replay, or it is not the step again.
+    """
+    _check_replay(replay, procedure)
+    decided = procedure.between(handle.step_count, handle.blocks(), learning_rate=handle.learning_rate)
+    with torch.no_grad():
+        handle.apply_(decided)
+    _take_again(handle, {**blocks, **handle.blocks()}, replay)
+    _add_regularizers(handle)
+
+
+def _check_replay(replay: Callable[[], Any] | None, part: Perturbation | Procedure) -> None:
+    if replay is None:
+        raise TrainingError(
+            f"{type(part).__name__} takes the gradient a second time; pass a function that runs forward and "
+            "backward of this batch again: handle.after_backward(lambda: model(**batch).loss.backward()), or let "
+            "handle.backward(lambda: model(**batch).loss) do both"
+        )
+
+
+def _take_again(handle: Handle, blocks: Blocks, replay: Callable[[], Any] | None) -> None:
+    for block in blocks.values():
+        for tensor in block.values():
+            tensor.grad = None
+    with handle.masks.replayed(), running_statistics_kept(handle.model), torch.enable_grad():
+        if replay is not None:
+            replay()
+    if some_gradient(blocks) is None:
+        raise TrainingError("the replay gave no gradient; it has to run forward and backward: lambda: loss(batch).backward()")
+
+
+def refuse_per_layer(handle: Handle, steps: Iterable[Step]) -> None:
+    """Checks that nothing needs all gradients at once.
+
+    Raises:
+        TrainingError: something does.
+    """
+    clipping = [step.name for step in steps if step.across is not None]
+    parts = [type(part).__name__ for part in (handle.schedule, handle.perturbation, handle.procedure) if part is not None]
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        parts.append("the averaging of gradients over processes")
+    if clipping or parts:
+        raise TrainingError(
+            "per_layer=True moves each layer inside backward, where the gradients of the others are not there yet, but "
+            f"{handle.recipe.name!r} has {' and '.join([*clipping, *parts])}, which works between backward and step; leave "
+            "per_layer out"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; modes come back as they were, module by module."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

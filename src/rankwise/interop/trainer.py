@@ -42,9 +42,11 @@ class TrainerCallback(_Callback):
     Args:
         handle: of the adapter on the Trainer's model. The Trainer's optimizer must be `handle.optimizer(…)`.
         resume_from: the checkpoint folder of `train(resume_from_checkpoint=…)`, where it is not in `output_dir`.
+        forward_only: whether the Trainer's training_step calls `handle.backward` itself, for methods without backward.
     """
 
-    def __init__(self, handle: Handle, *, resume_from: str | Path | None = None) -> None:
+    def __init__(self, handle: Handle, *, resume_from: str | Path | None = None, forward_only: bool = False) -> None:
+        self.forward_only = forward_only
         self.handle, self.resume_from = handle, None if resume_from is None else Path(resume_from)
         self._recorder: Recorder | None = None
         self._fitting: Any = handle.model.register_load_state_dict_pre_hook(self._fit)
@@ -56,13 +58,20 @@ class TrainerCallback(_Callback):
         self._fitting.remove()
         self._check_model(kwargs["model"])
         self._check_optimizer(kwargs["optimizer"])
+        if self._forward_only and not self.forward_only:
+            raise TrainingError(
+                f"the Trainer runs backward, and {self.handle.recipe.name!r} needs none; write the loop by hand with "
+                "loss = handle.backward(lambda: model(**batch).loss), or use `rankwise train`"
+            )
         settings: Any = args.gradient_checkpointing_kwargs or {}
         if args.gradient_checkpointing and settings.get("use_reentrant"):
             self.handle.model.enable_input_require_grads()  # type: ignore[operator]  (else a frozen input stops all gradients)
-        if self.handle.perturbation is not None and self.handle.perturbation.second_pass:
+        parts = [part for part in (self.handle.perturbation, self.handle.procedure) if part is not None]
+        twice = next((type(part).__name__ for part in parts if part.second_pass), None)
+        if twice is not None:
             if _sharded(self.handle):
                 raise TrainingError(
-                    f"{type(self.handle.perturbation).__name__} repeats the step's forward and backward, which is not exact "
+                    f"{twice} repeats the step's forward and backward, which is not exact "
                     "with sharded parameters (FSDP); use DDP, or another perturbation"
                 )
             self._recorder = Recorder(self.handle, lambda: self._finish_gradients(args))
@@ -73,6 +82,8 @@ class TrainerCallback(_Callback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After backward of the last micro-batch."""
+        if self._forward_only:
+            return  # the loop has called handle.backward
         try:
             if self._recorder is None:
                 self.handle.after_backward(check_finite=not args.fp16)
@@ -107,6 +118,10 @@ class TrainerCallback(_Callback):
             self._recorder.close()
             self._recorder = None
         self._fitting = self.handle.model.register_load_state_dict_pre_hook(self._fit)
+
+    @property
+    def _forward_only(self) -> bool:
+        return self.handle.perturbation is not None and self.handle.perturbation.forward_only
 
     # -- what they need ------------------------------------------------------------------------------------------------
 
@@ -151,6 +166,9 @@ class TrainerCallback(_Callback):
         for site in self.handle.targets:
             entry = self.handle.parameterization(site)
             key = f"{site}.adapter.{self.handle.name}."
+            own = {name.removeprefix(key): tuple(tensor.shape) for name, tensor in state.items() if name.startswith(key)}
+            if own:
+                self.handle.make_room(site, own)
             stored = [tensor.shape[1] for name, tensor in state.items() if name.startswith(key) and name.endswith(".B")]
             if stored and stored[0] < entry.rank and "B" in entry.roles():
                 decisions.resize(entry, torch.arange(entry.rank) < stored[0], self.handle._optimizer)

@@ -34,10 +34,18 @@ class LeanTrainer(Trainer):
     def __init__(self, handle: Handle, **arguments: Any) -> None:
         super().__init__(model=handle.model, **arguments)
         self.handle = handle
+        self.forward_only = handle.perturbation is not None and handle.perturbation.forward_only
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The dataset is in training order already."""
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward; for methods without backward, what the handle does instead."""
+        if not self.forward_only:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        return self.handle.backward(lambda: self.compute_loss(model, inputs))
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
         """The model's loss; one that is not finite ends the run with the adapter of the last good step saved."""

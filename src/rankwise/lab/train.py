@@ -82,6 +82,9 @@ def train_run(
         raise ArgumentError(f"the learning rate is a positive number, not {rate}")
     if where is not None:
         task.where = where
+    part = composed.perturbation
+    if accumulate > 1 and part is not None and part.factory.forward_only:  # type: ignore[attr-defined]
+        raise ArgumentError(f"{part.name} needs the whole batch in one evaluation; use accumulate=1")
     settings = {
         **task.describe(), "recipe": composed.to_json(), "steps": steps, "batch_size": batch_size,
         "accumulate": accumulate, "learning_rate": rate, "run_seed": seed, "where": task.where, "probes": probes,
@@ -161,7 +164,7 @@ def _fit(
         watch = Watch(progress.step)
         trainer = LeanTrainer(
             handle, args=arguments, train_dataset=order, data_collator=task.collate,  # type: ignore[arg-type]
-            optimizers=(optimizer, schedule), callbacks=[TrainerCallback(handle), watch],
+            optimizers=(optimizer, schedule), callbacks=[TrainerCallback(handle, forward_only=True), watch],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         try:

@@ -123,15 +123,12 @@ def train(
             begin = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * rate_at(step, steps)
-            loss = default_loss(model, batch)
-            value = float(loss.detach())
-            if exploded(value, run.curve):
-                run.failure = f"the loss of step {step} is {value:.4g}"
-                break
-            run.curve.append(value)
-            loss.backward()
             try:
-                handle.after_backward(lambda batch=batch: default_loss(model, batch).backward())
+                value = float(handle.backward(lambda batch=batch: default_loss(model, batch)))
+                if exploded(value, run.curve):
+                    run.failure = f"the loss of step {step} is {value:.4g}"
+                    break
+                run.curve.append(value)
                 optimizer.step()
                 handle.after_step()
             except (TrainingError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]

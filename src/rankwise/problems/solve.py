@@ -16,7 +16,8 @@ from torch import nn
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank
-from rankwise.core.step import BlockOptimizer, Step
+from rankwise.core.optimizer import BlockOptimizer
+from rankwise.core.step import Step
 from rankwise.problems.problem import Problem
 from rankwise.problems.starts import start_of
 from rankwise.problems.trace import Recorder, Trace
