@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rankwise.core.errors import ArgumentError
-from rankwise.core.step import BlockOptimizer
+from rankwise.core.optimizer import BlockOptimizer
 from rankwise.steps.compressors import COMPRESSORS
 from rankwise.steps.conef import communication_hook, conef
 from rankwise.steps.count_sketch import CountSketch
