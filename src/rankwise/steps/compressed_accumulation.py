@@ -99,6 +99,6 @@ class CompressedAccumulation:
         parameter = self.parameters[index]
         if parameter.dim() != 2 or min(parameter.shape) < self.rank:
             return None
-        own = derived_seed(self.seed, "accumulation", index, self.steps)
+        (m, n), own = parameter.shape, derived_seed(self.seed, "accumulation", index, self.steps)
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        return projection_of(*parameter.shape, self.rank, own, device=parameter.device, dtype=wide)
+        return projection_of(m, n, self.rank, own, device=parameter.device, dtype=wide)

@@ -13,8 +13,8 @@ It is no adapter and exports nothing; the gradient itself stays (m, n). A LoRA w
 an R that never changes. Not to be confused with the federated FLoRA.
 
 *Differs* from the release: weights of any aspect ratio are compressed (there: up to 4:1), so leave embeddings out with
-`where=`; the step is relative to the weight's size only with `scale_parameter=True`; decay is λW, not λ times that size.
-Entries of R agree on every device. Tensors beside a `weight` (a head) get the same step without compression.
+`where=`; the step is relative to the weight's size only with `scale_parameter=True`, decay never; entries of R agree on every
+device. Tensors beside a `weight` (a head) get the same step without compression.
 
 Hao, Cao, Mou: Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024, arXiv:2402.03293.
 """
@@ -33,7 +33,7 @@ from rankwise.core.step import MOMENTS, Block, State, Step, site_name_of
 from rankwise.steps.adafactor import LEAST, Kept, clipped, preconditioned, rms, second_moments
 from rankwise.steps.compressed_accumulation import CompressedAccumulation
 from rankwise.steps.grams import at_least_single
-from rankwise.steps.projection import side_of
+from rankwise.steps.projection import Projection, side_of
 from rankwise.steps.random_projection import derived_seed, projection_of
 
 __all__ = ["CompressedAccumulation", "flora_grad"]
@@ -58,7 +58,7 @@ def flora_grad(
 
     Args:
         rank: r; its error has a size of √(min(m, n)/r), so not tiny.
-        interval: κ, steps between two projections.
+        interval: κ, steps between two projections. Each transfer lengthens C by √(min(m, n)/r), which β^κ has to outweigh.
         momentum: β.
         decay_rate: γ; the second moment forgets by 1 - t^γ.
         clip: d, largest root mean square of a step; for the base "adafactor".
@@ -77,8 +77,8 @@ def flora_grad(
         raise ArgumentError(f"flora_grad: base is one of {', '.join(BASES)}, not {base!r}")
     if rank < 1 or interval < 1 or not (0.0 <= momentum < 1.0 and weight_decay >= 0.0 and decay_rate < 0.0 < clip):
         raise ArgumentError(
-            "flora_grad needs rank >= 1, interval >= 1, momentum in [0, 1), decay_rate < 0, clip > 0 and weight_decay >= 0, not "
-            f"rank={rank}, interval={interval}, momentum={momentum}, decay_rate={decay_rate}, clip={clip}, "
+            "flora_grad needs rank >= 1, interval >= 1, momentum in [0, 1), decay_rate < 0, clip > 0 and weight_decay >= 0, "
+            f"not rank={rank}, interval={interval}, momentum={momentum}, decay_rate={decay_rate}, clip={clip}, "
             f"weight_decay={weight_decay}"
         )
     if base == "sgd" and (decay_rate != -0.8 or clip not in (1.0, math.inf)):
@@ -94,8 +94,7 @@ def flora_grad(
             if base == "adafactor":
                 kept |= second_moments(tensor, like)
             if momentum:
-                shape = _compressed(*tensor.shape, rank) if compress and tensor.dim() == 2 else tuple(tensor.shape)
-                kept[MOMENTUM] = like.new_zeros(shape)
+                kept[MOMENTUM] = like.new_zeros(_compressed(tensor, rank) if compress else tuple(tensor.shape))
             return kept
 
         def update(gradients: Block, state: State, parameters: Block) -> Block:
@@ -116,16 +115,15 @@ def flora_grad(
             return step.add(W, alpha=weight_decay) if weight_decay and W.dim() > 1 else step
 
         def remembered(U: Tensor, kept: Kept, count: int, key: str) -> Tensor:
-            """RᵀC, as it was before this step; then moves C on."""
+            """What C stood for before this step; then moves C on."""
             C = kept[MOMENTUM]
             if not compress or U.dim() != 2:
-                old = C.clone()
-                C.lerp_(U, 1.0 - momentum)
-                return old
+                kept[MOMENTUM] = torch.lerp(C, U, 1.0 - momentum)
+                return C
 
-            def drawn(window: int):
-                own = derived_seed(seed, "flora_grad", key, window)
-                return projection_of(*U.shape, rank, own, device=U.device, dtype=U.dtype)
+            def drawn(window: int) -> Projection:
+                (m, n), own = U.shape, derived_seed(seed, "flora_grad", key, window)
+                return projection_of(m, n, rank, own, device=U.device, dtype=U.dtype)
 
             R = drawn((count - 1) // interval)
             old = R.up(C)  # (m, n)
@@ -141,10 +139,12 @@ def flora_grad(
     return made(True)._replace(plain=made(False))
 
 
-def _compressed(m: int, n: int, rank: int) -> tuple[int, int]:
+def _compressed(weight: Tensor, rank: int) -> tuple[int, ...]:
+    """The shape of C."""
+    if weight.dim() != 2:
+        return tuple(weight.shape)
+    m, n = weight.shape
     if rank > min(m, n):
-        raise ArgumentError(
-            f"flora_grad: rank={rank} is larger than a weight of {m} × {n} has; use rank={min(m, n)} or less, or leave the "
-            "layer out with where="
-        )
+        remedy = f"use rank={min(m, n)} or less, or leave the layer out with where="
+        raise ArgumentError(f"flora_grad: rank={rank} is larger than a weight of {m} × {n} has; {remedy}")
     return (rank, n) if side_of("std", m, n) == "left" else (m, rank)
