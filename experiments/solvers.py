@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C import _LinAlgError as LinAlgError
 
 import rankwise
 from rankwise import catalog
@@ -149,7 +148,7 @@ def best(solver: Solver, problem: Problem, rank: int) -> Run:
             trace = solve(
                 problem, rank=rank, init="lora", step=solver.make(), lr=rate, iterations=limit, every=EVERY, stop=PRECISE
             )
-        except LinAlgError:  # a factorization of numbers that are not finite any more
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]  (a factorization of numbers that are not finite)
             continue
         if trace.diverged:
             continue

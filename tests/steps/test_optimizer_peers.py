@@ -4,7 +4,8 @@ Differences by design, with their number:
 - LoRA+: PEFT multiplies the rate of B, here the direction is multiplied; with decay that decays B `ratio` times as fast in
   both. PEFT leaves vectors undecayed only for biases; here for every vector.
 - Riemannian: PEFT damps with reg = 1e-2 and here with 1e-6. With the same damping both agree to rounding.
-- LoRA-FA: PEFT computes the correction of B's gradient under bfloat16 autocast, wherever the CPU has it; see the test.
+- LoRA-FA: PEFT adds ε to √v before its bias correction, so that ε acts as ε/√(1 - β₂ᵗ): up to 32 ε. With its ε = 1e-6 the
+  trajectories are 6e-4 apart; with one that is nothing they agree.
 - Adafactor: torch bounds the rate by 1/√t and always takes steps relative to the weight's size; in this range of steps the
   bound does not act. torch keeps squares above eps² where the release adds 1e-30.
 """
@@ -134,6 +135,26 @@ def test_scaled_gd_is_pefts_riemannian(base, cls, lr, damping):
     found = ours(f"{base} + scaled_gd(damping={damping})", lr)
     assert distance(found, theirs(make, lr)) < 1e-9
     assert distance(found, ours(f"{base} + scaled_gd(damping=1.0)", lr)) > 1e-2  # the damping is not without effect
+
+
+@pytest.mark.parametrize(("eps", "least", "most"), [(1e-6, 1e-5, 1e-2), (1e-15, 0.0, 1e-7)])
+def test_lora_fa_is_pefts_but_for_epsilon(eps, least, most):
+    optimizers = pytest.importorskip("peft.optimizers")
+
+    def make(model, rate):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = optimizers.create_lorafa_optimizer(model, r=RANK, lora_alpha=int(ALPHA), lr=rate)
+        optimizer.param_groups[0]["eps"] = eps
+        return optimizer
+
+    model = network()
+    text = f"lora_fa(rank={RANK}, alpha={ALPHA}, correct=True, damping=1e-8) + adamw(eps={eps})"
+    handle = rankwise.adapt_(model, rankwise.compose(text))
+    layers = {site: handle.parameterization(site) for site in handle.targets}
+    blocks = {site: {"A": layer.A, "B": layer.B} for site, layer in layers.items()}
+    found = trained(model, blocks, handle.optimizer(lr=0.02))
+    assert least <= distance(found, theirs(make, 0.02)) < most
 
 
 def weights(seed=0):
