@@ -33,6 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 GOAL, PRECISE = 1e-6, 1e-9
 EVERY = 3  # iterations between two looks at the error
+DRAWN = 8  # completion problems that are counted
 RATES = (0.6, 0.25, 0.9, 0.08, 0.02)
 LIMIT, PLAIN_LIMIT, ADAM_LIMIT = 400, 1500, 1200  # iterations; plain gradient descent needs more to be seen at all
 ADAM_RATES, HALF_LIVES = (0.1, 0.03), (20, 60)  # iterations until the rate is half
@@ -65,6 +66,11 @@ class Solver:
     def plain(self) -> bool:
         """Whether it is gradient descent and nothing else."""
         return [step.name for step in self.make()] == ["sgd"]
+
+    @property
+    def limit(self) -> int:
+        """Iterations at most."""
+        return PLAIN_LIMIT if self.plain else ADAM_LIMIT if self.adaptive else LIMIT
 
     @property
     def adaptive(self) -> bool:
@@ -105,9 +111,9 @@ def _on_sgd(text: str) -> Callable[[], list[Step]]:
     return lambda: [*(step for step in rankwise.compose(text).steps() if step.stage != MOMENTS), sgd()]
 
 
-def problem_of(kind: str, condition: float) -> Problem:
+def problem_of(kind: str, condition: float, seed: int = 0) -> Problem:
     """One instance."""
-    return catalog.matrix_problems(kind, condition=condition, **SIZES[kind])
+    return catalog.matrix_problems(kind, condition=condition, seed=seed, **SIZES[kind])
 
 
 def attempts(solver: Solver) -> Iterator[tuple[str, float | Callable[[int], float]]]:
@@ -135,13 +141,13 @@ class Run:
 
     @property
     def error(self) -> float:
-        """The smallest reached."""
-        return float("inf") if self.trace is None else float(self.trace.error.min())
+        """The last."""
+        return float("inf") if self.trace is None else float(self.trace.error[-1])
 
 
-def best(solver: Solver, problem: Problem, rank: int) -> Run:
-    """The attempt that is at the goal first, or comes nearest; LoRA's own start, B = 0."""
-    limit = PLAIN_LIMIT if solver.plain else ADAM_LIMIT if solver.adaptive else LIMIT
+def best(solver: Solver, problem: Problem, rank: int, *, limit: int | None = None) -> Run:
+    """The attempt that is at the goal first, or ends nearest; LoRA's own start, B = 0."""
+    limit = limit or solver.limit
     chosen, order = Run("none", None), (float("inf"), float("inf"))
     for name, rate in attempts(solver):
         try:
@@ -178,6 +184,23 @@ def run_all(report: Callable[[str], None] = print) -> Runs:
     return found
 
 
+Draws = dict[tuple[str, int, float], int]  # (solver, wider, condition) -> problems solved
+
+
+def completions() -> Draws:
+    """How many of several completion problems gradient descent and the preconditioners solve: there it depends on the draw."""
+    found: Draws = {}
+    for solver in solvers():
+        if solver.further or not (solver.preconditions or solver.plain):
+            continue
+        for wider in WIDER:
+            for condition in CONDITIONS:
+                problems = [problem_of("completion", condition, seed) for seed in range(DRAWN)]
+                runs = [best(solver, problem, wider * problem.rank, limit=LIMIT) for problem in problems]
+                found[solver.name, wider, condition] = sum(run.iterations is not None for run in runs)
+    return found
+
+
 def main() -> None:
     """The command."""
     from experiments.solvers_page import figure, page
@@ -187,9 +210,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
-    found = run_all()
+    found, draws = run_all(), completions()
     command = "python -m experiments.solvers" + (f" --write {options.write}" if options.write else "")
-    text = page(found, command, time.monotonic() - began)
+    text = page(found, draws, command, time.monotonic() - began)
     if options.write:
         target = Path(options.write)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ import platform
 from importlib.metadata import version
 
 from experiments.solvers import (
-    ADAM_LIMIT,
     CONDITIONS,
+    DRAWN,
     EVERY,
     GOAL,
     LIMIT,
@@ -17,6 +17,7 @@ from experiments.solvers import (
     RATES,
     SIZES,
     WIDER,
+    Draws,
     Run,
     Runs,
     Solver,
@@ -29,14 +30,10 @@ DASHES = ("", "7 4", "2 4")  # where the colors come again
 LOWEST = -9  # power of ten at the bottom of a panel
 
 
-def _limit(solver: Solver) -> int:
-    return PLAIN_LIMIT if solver.plain else ADAM_LIMIT if solver.adaptive else LIMIT
-
-
 def _cell(solver: Solver, run: Run) -> str:
     if run.iterations is not None:
         return f"{run.iterations:,}"
-    return "diverges" if run.trace is None else f"> {_limit(solver):,} ({run.error:.0e})"
+    return "diverges" if run.trace is None else f"> {solver.limit:,} ({run.error:.0e})"
 
 
 def _table(found: Runs, kind: str, chosen: list[Solver], widths: list[int]) -> str:
@@ -46,12 +43,26 @@ def _table(found: Runs, kind: str, chosen: list[Solver], widths: list[int]) -> s
     for solver in chosen:
         runs = [found[kind, wider, condition, solver.name] for wider in widths for condition in CONDITIONS]
         rows.append([f"`{solver.name}`", "yes" if solver.preconditions else "", *(_cell(solver, run) for run in runs)])
-    sizes = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return _aligned(rows)
+
+
+def _drawn(draws: Draws) -> str:
+    head = [
+        "step",
+        *(f"κ = {condition:g}, r = {'' if wider == 1 else f'{wider} '}r*" for wider in WIDER for condition in CONDITIONS),
+    ]
+    names = list(dict.fromkeys(name for name, _, _ in draws))
+    cells = [[f"`{name}`", *(str(draws[name, wider, c]) for wider in WIDER for c in CONDITIONS)] for name in names]
+    return _aligned([head, *cells])
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    sizes = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (size + 2) for size in sizes) + "|", *lines[1:]])
 
 
-def page(found: Runs, command: str, seconds: float) -> str:
+def page(found: Runs, draws: Draws, command: str, seconds: float) -> str:
     """The whole page."""
     first = [solver for solver in solvers() if not solver.further]
     others = [solver for solver in solvers() if solver.further]
@@ -69,16 +80,22 @@ Every step of the catalog that moves B and A, as a solver of problems whose answ
 Gaussian measurements, and in some of its entries. M* has rank r* and singular values from 1 down to 1/κ. The factors have
 rank r* or, as if it were not known, 2 r*; they begin as LoRA does, A Gaussian and B zero. Each number is the iterations until
 ‖BA − M*‖ / ‖M*‖ is {GOAL:g}, looked at every {EVERY}, at the best of the constant rates {rates};
-"> n (error)" is the smallest error in n iterations. Steps come on plain SGD, so that what is seen is the step and not Adam.
+"> n (error)" is the error after n iterations. Steps come on plain SGD, so that what is seen is the step and not Adam.
 
 ![Error against iterations](solvers.svg)
 
-*How to read it.* A preconditioner that undoes the factorization is flat in κ: the same number in the three columns, whatever
-the rank. Gradient descent is not: its iterations grow with κ, since the smallest direction of M* is learned at a rate
-proportional to its size. RefLoRA preconditions too, but only balances B against A, so what it descends on is still the
-square of the factors. Compressed gradients (ConEF) follow their SGD with a delay.
+*How to read it.* Where M* is seen whole or through enough Gaussian measurements, a preconditioner that undoes the factorization
+is flat in κ: the same number in the three columns, whatever the rank. Gradient descent is not: its iterations grow with κ,
+since the smallest direction of M* is learned at a rate proportional to its size. RefLoRA preconditions too, but only balances
+B against A, so what it descends on is still the square of the factors. Compressed gradients (ConEF) follow their SGD with a
+delay. Completion from half of the entries is another matter: an undamped preconditioner moves fast along directions that the
+seen entries hardly determine. At κ = 100, or with more rank than M* has, it then ends at another matrix, where plain gradient
+descent with more iterations may still find M*.
 
 {chr(10).join(tables)}
+How many of {DRAWN} such completion problems are solved to {GOAL:g} within {LIMIT} iterations:
+
+{_drawn(draws)}
 
 ## Other forms, on factorization at the true rank
 
@@ -91,23 +108,24 @@ what the rate's whole way allowed. These numbers say that it gets there, not how
 
 
 def figure(found: Runs) -> str:
-    """Small multiples: a row per problem, a column per condition number, at twice the true rank."""
+    """Small multiples: a row per problem and rank, a column per condition number."""
     first = [solver for solver in solvers() if not solver.further]
-    palette, wider = Palette([solver.name for solver in first]), WIDER[-1]
+    palette = Palette([solver.name for solver in first])
+    places = [(kind, wider) for kind in SIZES for wider in WIDER]
     legend = 3
     rows = math.ceil(len(first) / legend)
     width = LEFT + len(CONDITIONS) * (PANEL + GAP)
-    height = TOP + len(SIZES) * (TALL + GAP + 24) + rows * LINE + 16
+    height = TOP + len(places) * (TALL + GAP + 24) + rows * LINE + 16
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-size="12" '
-        f"font-family='{FONT}'><title>Relative error against iterations, rank {wider} r*</title>",
+        f"font-family='{FONT}'><title>Relative error against iterations</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
-    for row, kind in enumerate(SIZES):
+    for row, (kind, wider) in enumerate(places):
         for column, condition in enumerate(CONDITIONS):
             x, y = LEFT + column * (PANEL + GAP), TOP + row * (TALL + GAP + 24)
             parts += _panel(found, first, palette, kind, wider, condition, x, y)
-    bottom = TOP + len(SIZES) * (TALL + GAP + 24)
+    bottom = TOP + len(places) * (TALL + GAP + 24)
     for index, solver in enumerate(first):
         x, y = LEFT + index % legend * (width - LEFT) / legend, bottom + index // legend * LINE
         parts.append(_line([(x, y), (x + 24, y)], palette.color(solver.name), _dash(index)))
@@ -118,7 +136,7 @@ def figure(found: Runs) -> str:
 def _panel(
     found: Runs, chosen: list[Solver], palette: Palette, kind: str, wider: int, condition: float, x: float, y: float
 ) -> list[str]:
-    parts = [_text(x, y - 8, f"{kind}, κ = {condition:g}, r = {wider} r*", INK)]
+    parts = [_text(x, y - 8, f"{kind}, κ = {condition:g}, r = {'' if wider == 1 else f'{wider} '}r*", INK)]
     for power in range(LOWEST, 1, 3):
         at = y + TALL * power / LOWEST
         parts.append(f'<line x1="{x}" x2="{x + PANEL}" y1="{at:.1f}" y2="{at:.1f}" stroke="{GRID}"/>')

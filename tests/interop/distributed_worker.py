@@ -23,9 +23,11 @@ RECIPES = {
     "dora": "dora(rank=3) + sgd(momentum=0.9)",
     "vera": "vera(rank=6) + sgd(momentum=0.9)",
     "tied_lora": "tied_lora(rank=4) + sgd(momentum=0.9)",
+    "conef": "lora(rank=4) + conef(compressor='powersgd', start=1) + sgd(momentum=0.9)",
+    "flora_grad": "full + flora_grad(rank=4, interval=2)",
     "intrinsic_dimension": "intrinsic_dimension(dimension=20) + sgd(momentum=0.9)",
 }
-STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2}
+STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "flora_grad": 1e-2}
 
 
 def batch(step: int) -> Tensor:
