@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise.core.errors import RecipeError, TrainingError
-from rankwise.core.gain import with_gain
+from rankwise.core.gain import Gain, with_gain
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import Facts, Parameterization, Site
 from rankwise.core.piece import piece, register
@@ -131,7 +131,7 @@ def test_a_gain_scales_the_tensors_gradients_and_nothing_else(scale: float) -> N
     B.requires_grad_()
     A.requires_grad_()
     x.requires_grad_()
-    operator = with_gain(LowRank(B, A, scale), lambda update: c)
+    operator = with_gain(LowRank(B, A, scale), Gain(lambda update: c))
     y = x @ operator.dense().mT
     torch.testing.assert_close(y, scale * x @ A.mT @ B.mT, rtol=1e-13, atol=1e-13)
     y.backward(G)
@@ -244,7 +244,7 @@ def test_a_procedure_whose_renewals_the_parameterization_lacks_is_refused() -> N
 def test_two_methods_that_take_gradients_their_own_way_are_refused() -> None:
     model, _ = model_and_batch()
     sam = rankwise.compose("sam")
-    with pytest.raises(RecipeError, match="one method that decides how gradients are taken"):
+    with pytest.raises(RecipeError, match="gradients that are taken in one way"):
         rankwise.adapt_(model, Recipe(**{**growing().__dict__, "perturbation": sam.perturbation}))
 
 

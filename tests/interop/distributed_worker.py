@@ -26,8 +26,10 @@ RECIPES = {
     "conef": "lora(rank=4) + conef(compressor='powersgd', start=1) + sgd(momentum=0.9)",
     "flora_grad": "full + flora_grad(rank=4, interval=2)",
     "intrinsic_dimension": "intrinsic_dimension(dimension=20) + sgd(momentum=0.9)",
+    "fira": "full + fira(rank=4, refresh=2)",
+    "apollo": "full + apollo(rank=4, refresh=2)",
 }
-STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "flora_grad": 1e-2}
+STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "flora_grad": 1e-2, "fira": 1e-2, "apollo": 1e-2}
 
 
 def batch(step: int) -> Tensor:

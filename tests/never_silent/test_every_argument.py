@@ -59,13 +59,8 @@ def observed(recipe: Recipe, where: list[str]) -> dict[str, Tensor]:
         _collected[True] = rankwise.collect(net, [(x, y)], needs, where=list(KINDS))
     handle = rankwise.adapt_(net, recipe, where=where, statistics=_collected[True])
     optimizer = handle.optimizer(lr=3e-2)
-
-    def loss() -> None:
-        nn.functional.cross_entropy(net(x), y).backward()
-
     for _ in range(8):
-        loss()
-        handle.after_backward(loss)
+        handle.backward(lambda: nn.functional.cross_entropy(net(x), y))
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()

@@ -18,6 +18,8 @@ from rankwise.core.compose import make
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.lora import LoRA
+from rankwise.steps.moments import adamw
+from rankwise.steps.scaled_gd import scaled_gd
 
 
 @entry(
@@ -59,11 +61,26 @@ def pissa(*, rank: int = 8, mode: str = "offset", iterations: int | None = None)
     exports="exact at rank r",
     when="When one backward pass through the full weights is affordable: it often saves the first hundred steps.",
     tiny={"rank": 2, "gamma": 16.0},
+    variants=("lora_one(rank=2, gamma=16.0, preconditioned=True)",),
 )
-def lora_one(*, rank: int = 8, alpha: float = 16.0, gamma: float = 128.0, normalize_by_sigma1: bool = True) -> Recipe:
-    """Starts at one low-rank step along the full gradient, on purpose away from the base."""
+def lora_one(
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    gamma: float = 128.0,
+    normalize_by_sigma1: bool = True,
+    preconditioned: bool = False,
+) -> Recipe:
+    """Starts at one low-rank step along the full gradient, on purpose away from the base.
+
+    With `preconditioned`, AdamW sees gradients times the inverse Gram of the other factor (λ = 1e-6), as in the paper's theory.
+    """
     start = piece(LoRAOne, gamma=gamma, normalize_by_sigma1=normalize_by_sigma1)
-    return starting(start, rslora(rank=rank, alpha=alpha), name="lora_one")
+    recipe = starting(start, rslora(rank=rank, alpha=alpha), name="lora_one")
+    if not preconditioned:
+        return recipe
+    chain = (piece(scaled_gd, damping=1e-6), piece(adamw))
+    return Recipe(**{**recipe.__dict__, "step": chain, "own": recipe.own | {"step"}})
 
 
 @entry(

@@ -40,6 +40,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         steps = list(steps)
         self._steps, self._chains, self._facts = steps, {}, dict(facts or {})
         self._plain, self._before, self.per_layer = frozenset(plain), before, per_layer
+        self._names: dict[tuple[str, frozenset[str]], dict[str, frozenset[str]]] = {}  # of the state that a chain begins with
         named = [(f"{site}.{role}", tensor) for site, block in blocks.items() for role, tensor in block.items()]
         super().__init__(named, {"lr": lr})
         if per_layer:
@@ -87,11 +88,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             for site, block in _blocks_of(group).items():
                 trained = {role: tensor for role, tensor in block.items() if tensor.grad is not None}
                 if trained:
-                    yield group, self._known(site, trained)
+                    yield group, self._known(site, trained, group)
 
-    def _known(self, site: str, tensors: dict[str, Tensor]) -> SiteBlock:
-        known = self._facts.get(site) or SiteBlock()
-        return SiteBlock(tensors, site=site, scale=known.scale, shape=known.shape)
+    def _known(self, site: str, tensors: dict[str, Tensor], group: Mapping[str, Any]) -> SiteBlock:
+        known = self._facts.get(site, SiteBlock())
+        rates = (float(group["lr"]), float(group.get("initial_lr", self.defaults["lr"])))
+        return SiteBlock(tensors, site=site, scale=known.scale, shape=known.shape, rates=rates)
 
     def _clipped(self) -> dict[str, Mapping[str, Tensor]]:
         """The gradients of every site behind the preconditioners and what looks at all of them together."""
@@ -126,12 +128,20 @@ class BlockOptimizer(torch.optim.Optimizer):
         return self._chains[key]
 
     def _state_of(self, parameters: SiteBlock) -> State:
+        """The block's state, begun where there is none yet, also where freezing a role has led to another chain."""
         step, _ = self._chain_for(parameters)
-        fresh = [role for role, tensor in parameters.items() if not self.state[tensor]]
-        if fresh:
-            started = step.init(parameters)
-            for role in fresh:
-                self.state[parameters[role]].update(started[role])
+        key = (parameters.site, frozenset(parameters))
+        started = step.init(parameters) if key not in self._names else None
+        if started is not None:
+            self._names[key] = {role: frozenset(names) for role, names in started.items()}
+        for role, tensor in parameters.items():
+            state: dict[str, Tensor] = self.state[tensor]
+            if self._names[key][role] <= state.keys():
+                continue
+            started = started or step.init(parameters)
+            own = {name.partition(".")[0] for name in started[role]}
+            kept = {name: value for name, value in state.items() if name.partition(".")[0] in own}
+            self.state[tensor] = {**started[role], **kept}
         return {role: self.state[tensor] for role, tensor in parameters.items()}
 
     def _step_block(self, parameters: SiteBlock, lr: float, clipped: Mapping[str, Tensor] | None = None) -> None:
@@ -160,12 +170,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             block = {role: kept for role, kept in _blocks_of(group)[site].items() if kept.requires_grad}
             if any(kept.grad is None for kept in block.values()):
                 return
-            self.move_now(site, block, float(group["lr"]))
+            self.move_now(site, block, group)
 
         tensor.register_post_accumulate_grad_hook(arrived)
 
     @torch.no_grad()
-    def move_now(self, site: str, block: dict[str, Tensor], lr: float) -> None:
+    def move_now(self, site: str, block: dict[str, Tensor], group: Mapping[str, Any]) -> None:
         """Moves one block by its gradients and frees them.
 
         Raises:
@@ -177,7 +187,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                     f"the gradient of {site}.{role} holds NaN or infinity. With per_layer=True, layers behind it in the model "
                     "have moved already; go back to the last checkpoint and lower the learning rate"
                 )
-        self._step_block(self._known(site, block), lr)
+        self._step_block(self._known(site, block, group), float(group["lr"]))
         for tensor in block.values():
             tensor.grad = None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rankwise.core.bank import Bank
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import Problem
-from rankwise.core.gain import with_gain
+from rankwise.core.gain import Gain, with_gain
 from rankwise.core.layouts import Layout
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.queries import as_low_rank
@@ -139,7 +139,7 @@ class Parameterization(nn.Module, ABC):
         self.register_buffer("carried_B", None)
         self.register_buffer("carried_A", None)
         self.replacement = None  # where there is one, it is absorbed
-        self.gradient_gain: Callable[[LowRank], Tensor] | None = None  # see `Step.gain`
+        self.gradient_gain: Gain | None = None  # see `Step.gain`
         self.around: Callable[[Parameterization, Operator], Operator] | None = None  # see `Perturbation.around`
         self.absorbed = False
 

@@ -82,7 +82,7 @@ def solve(
         with torch.no_grad():
             G = problem.gradient(LowRank(B, A))  # (m, n)
             for gain in gains:
-                G = gain(LowRank(B, A))[:, None] * G
+                G = gain.rows(LowRank(B, A))[:, None] * G
             B.grad, A.grad = G @ A.mT, B.mT @ G  # (m, r), (r, n)
         optimizer.param_groups[0]["lr"] = rate_at(iteration)
         optimizer.step()

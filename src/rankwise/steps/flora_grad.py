@@ -21,8 +21,6 @@ Hao, Cao, Mou: Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024,
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -61,14 +59,14 @@ def flora_grad(
         interval: κ, steps between two projections. Each transfer lengthens C by √(min(m, n)/r), which β^κ has to outweigh.
         momentum: β.
         decay_rate: γ; the second moment forgets by 1 - t^γ.
-        clip: d, largest root mean square of a step; for the base "adafactor".
+        clip: d, largest root mean square of a step; infinity for none.
         base: "adafactor" or "sgd".
         scale_parameter: multiply the step by the root mean square of the weight (at least 1e-3).
         weight_decay: λ, decoupled.
         seed: of the projections.
 
     Raises:
-        ArgumentError: a number out of range, or one that the base "sgd" does not use.
+        ArgumentError: a number out of range, or a decay rate that the base "sgd" does not use.
 
     Example:
         >>> rankwise.compose("full + flora_grad(rank=4)")
@@ -81,8 +79,8 @@ def flora_grad(
             f"not rank={rank}, interval={interval}, momentum={momentum}, decay_rate={decay_rate}, clip={clip}, "
             f"weight_decay={weight_decay}"
         )
-    if base == "sgd" and (decay_rate != -0.8 or clip not in (1.0, math.inf)):
-        raise ArgumentError("flora_grad: decay_rate and clip belong to base='adafactor'; leave them out with base='sgd'")
+    if base == "sgd" and decay_rate != -0.8:
+        raise ArgumentError("flora_grad: decay_rate belongs to base='adafactor'; leave it out with base='sgd'")
 
     def made(compress: bool) -> Step:
         def init(block: Block) -> State:
@@ -110,7 +108,7 @@ def flora_grad(
             count = int(kept["step"])
             U = preconditioned(G, kept, count, decay_rate) if base == "adafactor" else G
             step = U.mul(1.0 - momentum).add_(remembered(U, kept, count, key), alpha=momentum) if momentum else U
-            step = clipped(step, clip) if base == "adafactor" else step
+            step = clipped(step, clip)
             step = step * rms(at_least_single(W)).clamp_min(LEAST) if scale_parameter else step
             return step.add(W, alpha=weight_decay) if weight_decay and W.dim() > 1 else step
 
