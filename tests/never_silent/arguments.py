@@ -20,6 +20,7 @@ ANYWHERE: dict[str, tuple[dict[str, Any], Any]] = {
     "learning_rate": ({}, 0.1),
     "compat": ({}, "released"),
     "eps": ({}, 1e-2),
+    "over": ({"beside": "dora(rank=2)", "rho": 0.5}, "factors"),
 }
 CASES: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {
     ("lora_fa", "input_start"): ({}, "kaiming"),
@@ -71,6 +72,9 @@ CASES: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {
     ("scaled_gd", "normalized"): ({}, True),
     ("scaled_gd", "sequential"): ({}, True),
     ("lora_one", "preconditioned"): ({}, True),
+    ("cola", "ranks"): ({}, (1,)),
+    ("lte", "heads"): ({}, 3),
+    ("lte", "reset"): ({}, True),
     ("allora", "eta_squared"): ({}, 1.0),
     ("allora", "scale_input_grad"): ({}, True),
     ("lora_pro", "variant"): ({}, "sgd"),
@@ -288,6 +292,28 @@ CASES |= {  # sparse parts, pruning and freezing
     ("aflora", "uncertainty_smoothing"): ({"interval": 1, "warmup_epochs": 3, "final_epochs": 0}, 0.0),
     ("aflora", "keep"): ({}, 1.0),
 }
+CASES |= {  # perturbations and robust training
+    ("autolora_robust", "step_size"): ({}, 0.02),
+    ("autolora_robust", "radius"): ({}, 0.001),
+    ("autolora_robust", "attack_steps"): ({}, 4),
+    ("autolora_robust", "scale"): ({}, 1.0),
+    ("autolora_robust", "update_every"): ({}, 2),
+    ("vasso", "rho"): ({}, 0.5),
+    ("vasso", "theta"): ({"rho": 0.5}, 0.9),
+    ("infosam", "rho"): ({}, 0.5),
+    ("infosam", "smoothing"): ({"rho": 0.5}, 0.2),
+    ("infosam", "power"): ({"rho": 0.5}, 1.0),
+    ("infosam", "damping"): ({"rho": 0.5}, 1.0),
+    ("infosam", "condition"): ({"rho": 0.5}, 2.0),
+    ("presam", "rho"): ({}, 0.5),
+    ("presam", "direction"): ({"rho": 0.5}, "gradient"),
+    ("presam", "metric"): ({"rho": 0.5}, "none"),
+    ("presam", "theta"): ({"rho": 0.5}, 0.2),
+    ("presam", "smoothing"): ({"rho": 0.5, "metric": "fisher"}, 0.2),
+    ("presam", "power"): ({"rho": 0.5, "direction": "noise"}, 1.0),
+    ("presam", "damping"): ({"rho": 0.5, "metric": "fisher"}, 1.0),
+    ("presam", "condition"): ({"rho": 0.5, "metric": "fisher"}, 2.0),
+}
 REFUSED = {("loftq", "mode")}  # the other value is refused at the layers of the network
 MEMORY = {("nola", "chunk")}  # changes no number on purpose, and the largest piece of memory taken at once
 ELSEWHERE = {
@@ -301,6 +327,9 @@ WITHOUT_EFFECT = [
     "lora_xs(rank=2, frames='kaiming', singular_values='both')",
     "lora_xs(rank=2, frames='kaiming', iterations=2)",
     "bar(decay='cosine')",
+    "presam(theta=0.5)",
+    "presam(metric='fisher', power=1.0)",
+    "presam(direction='average', metric='weights', damping=0.1)",
     "bone(rank=4, mode='miss', axis='col')",
     "bone(rank=4, mode='miss', width=4)",
     "bone(rank=4, mode='bat', dropout=0.5)",
@@ -314,7 +343,6 @@ WITHOUT_EFFECT = [
     "fira(rank=2, side='full')",
     "fira(rank=2, inner=adamw(weight_decay=0.1))",
     "galore_plus(rank=2, head_layers=('3',))",
-    "galore_plus(rank=2, density=0.0, warmup=2)",
     "oft(block=4, terms=3)",
     "ia3(side='input', input_layers=('3',))",
     "batched_flora(rank=2, alpha=4)",

@@ -223,7 +223,7 @@ def online_subspace_descent(
     tiny={"rank": 2, "refresh": 3, "density": 0.1, "warmup": 1},
     variants=(
         "galore_plus(rank=2, refresh=3, density=0.0)",
-        "galore_plus(rank=2, refresh=3, heads=2, density=1.0)",
+        "galore_plus(rank=2, refresh=3, heads=2, density=1.0, scale=1.0)",
         "galore_plus(rank=2, refresh=3, heads=4, density=0.2, warmup=0, inner=sgd(momentum=0.5))",
     ),
     **COMMON,

@@ -90,6 +90,7 @@ class Step(NamedTuple):
             gradients. Called once per step, after the preconditioners; `update` is not called then.
         exact: whether it reads the full gradient off those of the factors at their own values (g_A = s Bᵀ G), which gradients
             taken elsewhere (SAM) or estimated (zeroth order) do not allow.
+        layers: names of layers (the last part, or the whole) that it treats in a way of their own; they must exist.
         gain: by what the gradient that reaches the tensors of an additive update is multiplied during backward, row by row.
     """
 
@@ -106,6 +107,7 @@ class Step(NamedTuple):
     rescaled: Callable[[dict[str, Tensor], Tensor], None] | None = None
     across: Across | None = None
     exact: bool = False
+    layers: tuple[str, ...] = ()
     gain: Gain | None = None
 
 

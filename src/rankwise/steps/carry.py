@@ -16,6 +16,11 @@ def first_moment(kept: Kept, prefix: str) -> Tensor | None:
     return next((mean for name in FIRST if (mean := read(kept, prefix + name)) is not None), None)
 
 
+def second_moment(kept: Kept, prefix: str) -> Tensor | None:
+    """The running mean of its square; None where the inner step has none."""
+    return next((square for name in SECOND if (square := read(kept, prefix + name)) is not None), None)
+
+
 def carry_moments(kept: Kept, old: Projection, new: Projection, prefix: str) -> None:
     """M <- the new coordinates of what M was in the old ones; V by way of √V, squared, so that it cannot become negative."""
     for name in FIRST:

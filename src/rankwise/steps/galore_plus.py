@@ -1,20 +1,20 @@
 """GaLore+: GaLore with a basis that is quick to find, shared by the heads of an attention layer, and a sparse correction.
 
     Q = leading right singular vectors of G_i (r, n), by a randomized range finder        G (m, n) = [G_1; …; G_h], h heads
-    direction = scale · N Q,  N = Adam(G Qᵀ);  at Ω, round(density · m n) places: scale · Adam(G)
+    direction = scale · N Q,  N = Adam(G Qᵀ);  at Ω, round(density · m n) places: scale · κ · Adam(G)
 
 At each refresh one head i is drawn, and its basis serves all heads of the layer, always on the input side: the gradients of the
 heads of one layer are assumed to be alike. Layers without heads take the side that shortens the shorter dimension, with the
-whole gradient. Ω corrects where the projection loses most: during the first `warmup` steps |G − G QᵀQ| is summed up, its
-largest places become Ω, which then is fixed, and from there on the moments of the gradient itself are kept at Ω. With density 1
-there is nothing to choose and no warm-up, and the step is the inner step on the whole gradient.
+whole gradient. Ω corrects where the projection loses most: during the first `warmup` steps |G − G QᵀQ| is summed up, and its
+largest places become Ω, which then is fixed, and from there on the moments of the gradient itself are kept there (κ: see
+`sparse_moments`). Under SGD with density 1 the step is SGD on the whole gradient.
 
-State as GaLore, and at Ω the inner step's moments and one index per place: 3 · density · m n for AdamW (int32 indices); during
+State as GaLore, and at Ω two numbers and one index per place: 3 · density · m n for AdamW (int32 indices); during
 the warm-up m n numbers for the sum. A refresh costs O((m/h) n (r + p)), no decomposition of the whole gradient.
 
-*Differs*: the paper keeps, at Ω, the differences between the moments of G and those that the subspace implies, and corrects the
-direction by a first-order expansion in them. That needs V^(−3/2), which has no bound, and goes wrong when the basis changes.
-With the moments themselves, which take the same room, the direction at Ω is exact.
+*Differs*: the paper keeps the lost parts of the moments and expands in them to first order; its text could not be had. Here the
+moments of G are kept at Ω, in the same room: no V^(−3/2), which has no bound, and no harm from a new basis. The defaults of
+`iterations` and `oversampling` are ours.
 
 Liao, Li, Xu, Li, Liu, He: GaLore+: Boosting Low-Rank Adaptation for LLMs with Cross-Head Projection, 2024, arXiv:2412.19820.
 """
@@ -51,7 +51,7 @@ def galore_plus(
     inner: Piece | None = None,
     seed: int = 0,
 ) -> Step:
-    """Adam, or another step, in a subspace found from one head, with its moments kept in full at a few places.
+    """Adam, or another step, in a subspace found from one head, with its moments corrected at a few places.
 
     Args:
         rank: r.
@@ -62,7 +62,7 @@ def galore_plus(
         head_layers: the layers that have heads, the last part of the name or the whole; empty: all.
         iterations: power steps of the range finder.
         oversampling: p, directions drawn beyond the rank.
-        density: share of places with their own moments; 0: none.
+        density: share of places that are corrected; 0: none.
         warmup: steps after which those are chosen; None: `refresh`.
         weight_decay: λ, decoupled, on the whole weight.
         inner: the step run in the subspace, as a piece; None means AdamW.
@@ -82,10 +82,16 @@ def galore_plus(
         )
     if head_layers and heads == 1:
         raise ArgumentError("galore_plus: head_layers has no effect with heads=1; say how many heads these layers have")
-    if warmup is not None and density == 0.0:
-        raise ArgumentError("galore_plus: warmup has no effect with density=0, which leaves no places to choose")
     within, outside = inner_steps("galore_plus", inner, weight_decay)
-    correction = moments_at_places(within, density=density, warmup=refresh if warmup is None else warmup, scale=scale)
+    known = {} if inner is None else inner.arguments
+    correction = moments_at_places(
+        within,
+        density=density,
+        warmup=refresh if warmup is None else warmup,
+        scale=scale,
+        betas=tuple(known.get("betas", (0.9, 0.999))),
+        eps=float(known.get("eps", 1e-8)),
+    )
 
     def with_heads(count: int, side: str) -> Step:
         def basis(gradient: Tensor, rank: int, side: str, kept: Kept) -> Projection:
@@ -127,4 +133,4 @@ def galore_plus(
     def update(gradients: Block, state: State, parameters: Block) -> Block:
         return of(parameters).update(gradients, state, parameters)
 
-    return whole._replace(init=init, update=update)
+    return whole._replace(init=init, update=update, layers=tuple(head_layers))

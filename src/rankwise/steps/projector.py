@@ -9,8 +9,8 @@ Published methods differ in their choices, each a function: the side (`side_of`)
 kept (`Basis`), when it is renewed (`refresh`), what becomes of the moments then (`Transport`), how it drifts after a step
 (`Drift`), what is done with the gradient outside the subspace (`Residual`), how the growth of that is held (`Limiter`), and
 what is corrected in the end (`Correction`). State of one matrix: its bases, the inner step's state, one counter, a seed where
-something is drawn, whatever the choices keep; all in at least float32. Tensors that are no matrix are given to the inner step
-as they are. A matrix that is sharded over devices is gathered, and every device does the same.
+something is drawn, whatever the choices keep; all in at least float32. What is trained beside the weight is given to the inner
+step as it is. A matrix that is sharded over devices is gathered, and every device does the same.
 """
 
 from __future__ import annotations
@@ -119,12 +119,15 @@ def projected(
             f"weight_decay={weight_decay}"
         )
 
+    def projects(role: str, tensor: Tensor) -> bool:
+        return role == "weight" and tensor.dim() == 2
+
     def init(block: Block) -> State:
         state: State = {}
         for role, tensor in block.items():
-            small = tensor if tensor.dim() != 2 else _small(tensor, rank, side, name)
+            small = _small(tensor, rank, side, name) if projects(role, tensor) else tensor
             kept = {f"{INNER}{key}": value for key, value in inner.init({role: small})[role].items()}
-            if tensor.dim() == 2:
+            if projects(role, tensor):
                 kept["step"] = torch.zeros((), dtype=torch.float32)
                 if seed is not None:
                     kept["seed"] = torch.tensor(derived_seed(seed, site_name_of(block), role))
@@ -135,7 +138,7 @@ def projected(
         directions: dict[str, Tensor] = {}
         for role, gradient in gradients.items():
             kept = state[role]
-            if gradient.dim() == 2:
+            if projects(role, gradient):
                 direction = inside(role, at_least_single(whole(gradient)), kept, parameters)
                 direction = sharded_like(direction, gradient) if is_sharded(gradient) else direction
             else:

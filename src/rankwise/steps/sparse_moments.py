@@ -1,10 +1,14 @@
-"""Moments of the whole gradient at the few places of a matrix where its projection loses most: GaLore+'s sparse correction.
+"""What a projection loses of the moments, kept at a few places of the matrix: GaLore+'s sparse correction.
 
-    first `warmup` steps   L <- L + |G − back(down(G))|          (m, n)
+    first `warmup` steps   L <- L + |D|,  D = G − back(down(G))                       (m, n)
     then                   Ω = the round(density · m n) largest places of L, fixed;  L is given back
-    from there on          direction at Ω = scale · the inner step on G[Ω], whose moments begin here
+    from there on, at Ω    direction = scale · κ · M_Ω/√V_Ω,  κ = ‖back(N)‖ / ‖M/√V‖
 
-With density 1 there is nothing to choose: Ω is everything, from the first step on.
+M_Ω, V_Ω are the moments of G itself, kept at Ω: they do not depend on a basis, so a new one does no harm. What comes back from
+a subspace is smaller than a step on the whole gradient would be, because a basis spreads it over its entries; κ makes up for
+that, with M = back(M_low) and √V = back(√V_low), what the moments in the subspace imply for the whole matrix. A step without
+second moments (SGD, with momentum or not) is linear: κ = 1, and the direction at Ω is exact. With density 1 there is nothing to
+choose: Ω is everything, from the first step on.
 """
 
 from __future__ import annotations
@@ -14,13 +18,16 @@ from torch import Tensor
 
 from rankwise.core.step import Step
 from rankwise.steps.bases import Kept
+from rankwise.steps.carry import first_moment, second_moment
 from rankwise.steps.projection import Projection
-from rankwise.steps.projector import Correction, run_inner
+from rankwise.steps.projector import INNER, Correction, run_inner
 
-SPARSE = "sparse."  # prefix of the inner step's state at the chosen places
+SPARSE = "sparse."  # prefix of what is kept at the chosen places
 
 
-def moments_at_places(inner: Step, *, density: float, warmup: int, scale: float) -> Correction:
+def moments_at_places(
+    inner: Step, *, density: float, warmup: int, scale: float, betas: tuple[float, float], eps: float
+) -> Correction:
     """The correction of a projected direction.
 
     Args:
@@ -28,6 +35,8 @@ def moments_at_places(inner: Step, *, density: float, warmup: int, scale: float)
         density: share of places; 0: no correction.
         warmup: steps after which they are chosen; with 0 the first gradient decides.
         scale: factor of the direction.
+        betas: β₁ and β₂ of the inner step, where it has second moments.
+        eps: ε of the inner step.
     """
 
     def correction(direction: Tensor, G: Tensor, projection: Projection, kept: Kept) -> Tensor:
@@ -42,8 +51,20 @@ def moments_at_places(inner: Step, *, density: float, warmup: int, scale: float)
             started = inner.init({"weight": G.new_zeros(count)})["weight"]
             kept.update({f"{SPARSE}{key}": value for key, value in started.items()})
         places = kept["places"].long()
-        N = run_inner(inner, "weight", G.reshape(-1)[places], kept, SPARSE)
-        return direction.reshape(-1).index_copy_(0, places, N.mul(scale).to(direction.dtype)).reshape(G.shape)
+        N = run_inner(inner, "weight", G.reshape(-1)[places], kept, SPARSE)  # (count,)
+        N = N * (scale * spread(direction, projection, kept))
+        return direction.reshape(-1).index_copy_(0, places, N.to(direction.dtype)).reshape(G.shape)
+
+    def spread(direction: Tensor, projection: Projection, kept: Kept) -> Tensor | float:
+        """Κ ()."""
+        mean, square = first_moment(kept, INNER), second_moment(kept, INNER)
+        if mean is None or square is None or not scale:
+            return 1.0
+        count = float(kept[f"{INNER}step"])
+        M = projection.up(mean) / (1.0 - betas[0] ** count)  # (m, n)
+        whole = M / (projection.up(square.sqrt()).abs() / (1.0 - betas[1] ** count) ** 0.5 + eps)
+        norm = torch.linalg.vector_norm(whole)
+        return torch.where(norm > 0, torch.linalg.vector_norm(direction / scale) / norm.clamp_min(1e-30), 1.0)
 
     def chosen(count: int, G: Tensor, projection: Projection, kept: Kept) -> Tensor | None:
         """The places (count,) in their order; None as long as the warm-up lasts."""
