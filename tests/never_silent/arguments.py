@@ -230,6 +230,17 @@ CASES |= {  # sparse parts, pruning and freezing
     ("aflora", "uncertainty_smoothing"): ({"interval": 1, "warmup_epochs": 3, "final_epochs": 0}, 0.0),
     ("aflora", "keep"): ({}, 1.0),
 }
+CASES |= {  # layers of low rank from the start
+    ("dlrt", "rank"): ({}, 3),
+    ("dlrt", "tolerance"): ({}, 0.5),
+    ("dlrt", "adaptive"): ({}, False),
+    ("dlrt", "absolute"): ({"tolerance": 0.3}, True),
+    ("dlrt", "min_rank"): ({"tolerance": 0.9}, 1),
+    ("dlrt", "max_rank"): ({}, 2),
+    ("dlrt", "keep_base"): ({}, True),
+    ("dlrt", "start"): ({}, "random"),
+    ("dlrt", "frozen_bases_after"): ({}, 3),
+}
 REFUSED = {("loftq", "mode")}  # the other value is refused at the layers of the network
 MEMORY = {("nola", "chunk")}  # changes no number on purpose, and the largest piece of memory taken at once
 ELSEWHERE = {("aflora", "train_square")}  # concerns square layers, which the network has not: tests/schedules/test_aflora.py

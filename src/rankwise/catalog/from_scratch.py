@@ -1,1 +1,58 @@
 """Layers that are of low rank from the start, trained on their manifold."""
+
+from __future__ import annotations
+
+from rankwise.core.catalog import Reference, entry
+from rankwise.core.piece import piece
+from rankwise.core.recipe import Recipe
+from rankwise.parameterizations.integrated import Integrated, IntegratedBeside
+from rankwise.procedures.dlrt import DLRT
+from rankwise.steps.moments import sgd
+
+INTEGRATED = frozenset({"parameterization", "procedure"})
+
+
+@entry(
+    "procedure",
+    title="DLRT",
+    formula="U S Vᵀ instead of W; bases orth [U | G V], orth [V | Gᵀ U], a step of S between them, cut to tolerance·‖S‖",
+    reference=Reference(
+        "Schotthöfer, Zangrando, Kusch, Ceruti, Tudisco",
+        "Low-rank lottery tickets: finding efficient low-rank neural networks via matrix differential equations",
+        2022,
+        "2205.13571",
+    ),
+    trained="2R(m + n) + 4R², R = max_rank; r(m + n) + r² at a fixed rank",
+    numbers="2*max_rank*(m+n) + 4*max_rank**2",
+    cost="2 forward-backwards per step, a QR of O((m + n) r²) and an SVD of O(r³) per layer",
+    merges="the weight is replaced (keep_base: exact)",
+    exports="the weight is replaced; exact at rank r with keep_base",
+    when="To train a network from scratch, or to shrink one, when its ranks are not known and small singular values matter.",
+    tiny={"rank": 2, "max_rank": 3, "tolerance": 0.02},
+    variants=(
+        "dlrt(rank=2, tolerance=0.02, keep_base=True)",
+        "dlrt(rank=3, adaptive=False, start='random')",
+        "dlrt(rank=4, tolerance=0.01, absolute=True, frozen_bases_after=5)",
+    ),
+)
+def dlrt(
+    *,
+    rank: int = 16,
+    tolerance: float = 0.1,
+    adaptive: bool = True,
+    absolute: bool = False,
+    min_rank: int = 2,
+    max_rank: int | None = None,
+    keep_base: bool = False,
+    start: str = "svd",
+    frozen_bases_after: int | None = None,
+) -> Recipe:
+    """Trains layers of low rank on their manifold, and finds the rank of each on the way."""
+    layer = IntegratedBeside if keep_base else Integrated
+    return Recipe(
+        name="dlrt",
+        parameterization=piece(layer, rank=rank, max_rank=max_rank, adaptive=adaptive, start=start),
+        step=(piece(sgd),),
+        procedure=piece(DLRT, tolerance=tolerance, absolute=absolute, min_rank=min_rank, frozen_bases_after=frozen_bases_after),
+        own=INTEGRATED,
+    )
