@@ -232,14 +232,18 @@ CASES |= {  # sparse parts, pruning and freezing
 }
 CASES |= {  # layers of low rank from the start
     ("dlrt", "rank"): ({}, 3),
-    ("dlrt", "tolerance"): ({}, 0.5),
+    ("dlrt", "tolerance"): ({"rank": 3, "min_rank": 1}, 0.5),
     ("dlrt", "adaptive"): ({}, False),
-    ("dlrt", "absolute"): ({"tolerance": 0.3}, True),
+    ("dlrt", "absolute"): ({"rank": 3, "min_rank": 1, "tolerance": 0.3}, True),
     ("dlrt", "min_rank"): ({"tolerance": 0.9}, 1),
     ("dlrt", "max_rank"): ({}, 2),
     ("dlrt", "keep_base"): ({}, True),
     ("dlrt", "start"): ({}, "random"),
     ("dlrt", "frozen_bases_after"): ({}, 3),
+    ("condlr", "compression"): ({"rank": None}, 0.7),
+    ("condlr", "tau"): ({}, 1.5),
+    ("condlr", "retraction"): ({}, "polar"),
+    ("condlr", "momentum"): ({}, 0.5),
 }
 REFUSED = {("loftq", "mode")}  # the other value is refused at the layers of the network
 MEMORY = {("nola", "chunk")}  # changes no number on purpose, and the largest piece of memory taken at once
@@ -265,4 +269,7 @@ WITHOUT_EFFECT = [
     "capaboost(rank=4, masks='nm', density=0.3)",
     "lora_dropout(rank=2, kind='input', granularity='sample')",
     "lora_dropout(rank=2, kind='output', granularity='token')",
+    "dlrt(rank=2, adaptive=False, absolute=True)",
+    "dlrt(rank=2, adaptive=False, max_rank=3)",
+    "condlr(rank=2, compression=0.7)",
 ]

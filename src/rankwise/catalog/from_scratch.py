@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from rankwise.core.catalog import Reference, entry
+from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
+from rankwise.parameterizations.factored import Factored
 from rankwise.parameterizations.integrated import Integrated, IntegratedBeside
 from rankwise.procedures.dlrt import DLRT
+from rankwise.steps import condlr as conditioned
 from rankwise.steps.moments import sgd
 
 INTEGRATED = frozenset({"parameterization", "procedure"})
@@ -48,6 +51,10 @@ def dlrt(
     frozen_bases_after: int | None = None,
 ) -> Recipe:
     """Trains layers of low rank on their manifold, and finds the rank of each on the way."""
+    if not adaptive and (absolute or max_rank is not None):
+        raise ArgumentError(
+            "dlrt: with adaptive=False the rank stays; absolute and max_rank say how it changes, leave them out"
+        )
     layer = IntegratedBeside if keep_base else Integrated
     return Recipe(
         name="dlrt",
@@ -55,4 +62,43 @@ def dlrt(
         step=(piece(sgd),),
         procedure=piece(DLRT, tolerance=tolerance, absolute=absolute, min_rank=min_rank, frozen_bases_after=frozen_bases_after),
         own=INTEGRATED,
+    )
+
+
+@entry(
+    "procedure",
+    title="CondLR",
+    formula="U S Vᵀ instead of W; dU = c (I − UUᵀ) G V Sᵀ, dV = c (I − VVᵀ) Gᵀ U S, retracted, cond(S) ≤ τ",
+    reference=Reference(
+        "Savostianova, Zangrando, Ceruti, Tudisco",
+        "Robust low-rank training via approximate orthonormal constraints",
+        2023,
+        "2306.01485",
+    ),
+    trained="r(m + n) + r²",
+    numbers="rank*(m+n) + rank**2",
+    cost="two QRs of O((m + n) r²) and, for tau > 1, an SVD of O(r³) per layer and step",
+    state="0; one number per trained number with momentum",
+    merges="the weight is replaced",
+    exports="the weight is replaced",
+    when="To train a small network that should stand small changes of its inputs; the rank has to be chosen beforehand.",
+    tiny={"rank": 2},
+    variants=("condlr(rank=3, tau=1.5, retraction='polar', momentum=0.3)", "condlr(compression=0.4, tau=1e6)"),
+)
+def condlr(
+    *,
+    rank: int | None = None,
+    compression: float = 0.5,
+    tau: float = 1.0,
+    retraction: str = "qr",
+    momentum: float = 0.0,
+) -> Recipe:
+    """Trains layers of a fixed low rank whose singular values stay within a factor tau of each other."""
+    if rank is not None and compression != 0.5:
+        raise ArgumentError(f"condlr: rank={rank} and compression={compression} both say how wide layers are; give one")
+    return Recipe(
+        name="condlr",
+        parameterization=piece(Factored, rank=rank, compression=compression),
+        step=(piece(conditioned.condlr, tau=tau, retraction=retraction, momentum=momentum),),
+        own=frozenset({"parameterization", "step"}),
     )

@@ -19,9 +19,8 @@ def basis(matrix: Tensor) -> Tensor:
     A column that lies in the span of those before it gives an arbitrary direction.
     """
     k = matrix.shape[1]
-    Q, R = torch.linalg.qr(wide(matrix))  # (m, min(m, k)), (min(m, k), k)
-    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)
-    return torch.nn.functional.pad(Q * signs, (0, k - Q.shape[1])).to(matrix.dtype)
+    Q = torch.linalg.qr(wide(matrix))[0]  # (m, min(m, k))
+    return torch.nn.functional.pad(Q, (0, k - Q.shape[1])).to(matrix.dtype)
 
 
 def fewest(values: Tensor, tolerance: float, *, absolute: bool, least: int, most: int) -> int:
