@@ -232,9 +232,9 @@ CASES |= {  # sparse parts, pruning and freezing
 }
 CASES |= {  # layers of low rank from the start
     ("dlrt", "rank"): ({}, 3),
-    ("dlrt", "tolerance"): ({"rank": 3, "min_rank": 1}, 0.5),
-    ("dlrt", "adaptive"): ({}, False),
-    ("dlrt", "absolute"): ({"rank": 3, "min_rank": 1, "tolerance": 0.3}, True),
+    ("dlrt", "tolerance"): ({"rank": 3, "min_rank": 1}, 0.8),
+    ("dlrt", "adaptive"): ({"max_rank": None}, False),
+    ("dlrt", "absolute"): ({"rank": 3, "min_rank": 1, "tolerance": 0.7}, True),
     ("dlrt", "min_rank"): ({"tolerance": 0.9}, 1),
     ("dlrt", "max_rank"): ({}, 2),
     ("dlrt", "keep_base"): ({}, True),
