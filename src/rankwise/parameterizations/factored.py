@@ -55,7 +55,7 @@ def triplets(site: Site, rank: int, start: str = "svd") -> tuple[Tensor, Tensor,
         return site.zeros(site.m, rank), site.zeros(rank), site.zeros(site.n, rank)
     if start == "svd":
         U, S, Vh = truncated_svd(site.weight(), rank)
-        return site.cast(U), site.cast(S), site.cast(Vh.mT)
+        return site.cast(U).contiguous(), site.cast(S), site.cast(Vh.mT).contiguous()
     values = torch.randn(rank, generator=site.generator("S"), dtype=torch.float64).abs()  # (r,)
     U, V = (_random_basis(site, size, rank, name) for size, name in ((site.m, "U"), (site.n, "V")))
     return U, site.cast(values.sort(descending=True).values), V
@@ -63,7 +63,7 @@ def triplets(site: Site, rank: int, start: str = "svd") -> tuple[Tensor, Tensor,
 
 def _random_basis(site: Site, size: int, rank: int, name: str) -> Tensor:
     drawn = torch.randn(size, rank, generator=site.generator(name), dtype=torch.float64)
-    return site.cast(torch.linalg.qr(drawn)[0])  # (size, r)
+    return site.cast(torch.linalg.qr(drawn)[0]).contiguous()  # (size, r)
 
 
 def bare(U: Tensor, S: Tensor, V: Tensor) -> LowRank:
