@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rankwise.core.catalog import Reference, entry
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.factored import Factored
 from rankwise.parameterizations.integrated import Integrated, IntegratedBeside
+from rankwise.parameterizations.tucker_integrated import TuckerIntegrated
 from rankwise.procedures.dlrt import DLRT
 from rankwise.steps import condlr as conditioned
 from rankwise.steps.moments import sgd
@@ -101,4 +104,41 @@ def condlr(
         parameterization=piece(Factored, rank=rank, compression=compression),
         step=(piece(conditioned.condlr, tau=tau, retraction=retraction, momentum=momentum),),
         own=frozenset({"parameterization", "step"}),
+    )
+
+
+@entry(
+    "procedure",
+    title="TDLRT",
+    formula="C ×₀ U₀ ×₁ U₁ instead of a kernel; bases orth [U_i | ∇K_i], a step of C between them, cut mode by mode",
+    reference=Reference(
+        "Zangrando, Schotthöfer, Ceruti, Kusch, Tudisco",
+        "Rank-adaptive spectral pruning of convolutional layers during training",
+        2023,
+        "2305.19059",
+    ),
+    trained="∏ 2R_i + Σ 2R_i d_i, R_i = d_i/2",
+    cost="2 forward-backwards per step, d + 1 chains of small convolutions in the first, a QR and an SVD per mode",
+    merges="the weight is replaced",
+    exports="the weight is replaced",
+    when="In place of dlrt for convolutions: input channels are compressed as well, and the kernel runs on few of them.",
+    tiny={"ranks": 2, "tolerance": 0.02, "min_rank": 2},
+    variants=("tucker_dlrt(min_rank=1, tolerance=0.05, max_rank=4, modes=(0, 1, 2), start='random')",),
+)
+def tucker_dlrt(
+    *,
+    ranks: int | Sequence[int] | None = None,
+    tolerance: float = 0.1,
+    min_rank: int = 3,
+    max_rank: int | None = None,
+    modes: Sequence[int] = (0, 1),
+    start: str = "svd",
+) -> Recipe:
+    """Trains convolutions in Tucker form on their manifold, and finds the rank of each mode on the way."""
+    return Recipe(
+        name="tucker_dlrt",
+        parameterization=piece(TuckerIntegrated, ranks=ranks, max_rank=max_rank, modes=tuple(modes), start=start),
+        step=(piece(sgd),),
+        procedure=piece(DLRT, tolerance=tolerance, min_rank=min_rank),
+        own=INTEGRATED,
     )

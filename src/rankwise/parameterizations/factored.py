@@ -111,7 +111,7 @@ class Factors(Parameterization):
 
     def activate(self, count: int) -> None:
         """Uses the first `count` columns from now on."""
-        self.columns = torch.arange(count, device=self.columns.device)
+        self.rank, self.columns = count, torch.arange(count, device=self.columns.device)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (m, r), S (r, r), V (n, r) at the present rank."""

@@ -81,10 +81,11 @@ class IntegratedFactors(Factors):
         found: Transports = {}
         if self.core_only and self.adaptive:
             U, S, V = self.factors()
-            P, d, Qh = torch.linalg.svd(S)
+            a, b = min(U.shape), min(V.shape)  # the widths without the zeros behind a basis wider than the layer
+            P, d, Qh = torch.linalg.svd(S[:a, :b])
             r = fewest(d, tolerance, absolute=absolute, least=min_rank, most=self.most)
-            P, Q = P[:, :r], Qh[:r].mT  # (w, r)
-            self._put(U @ P, torch.diag(d[:r]), V @ Q)
+            P, Q = P[:, :r], Qh[:r].mT  # (a, r), (b, r)
+            self._put(U[:, :a] @ P, torch.diag(d[:r]), V[:, :b] @ Q)
             found = {"S": partial(turned, matrices=(P.mT, Q.mT))}
         self.core_only = False
         if freeze:

@@ -44,9 +44,15 @@ def placed(values: Tensor, room: Tensor) -> Tensor:
     return found
 
 
-def turned(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """The leading part of a tensor with each dimension k multiplied by matrices[k] (new, old), placed in its shape."""
-    part = tensor[tuple(slice(matrix.shape[1]) for matrix in matrices)].to(matrices[0].dtype)
+def multiplied(tensor: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """The tensor ×₀ matrices[0] ×₁ matrices[1] …, matrices (new, old); None leaves a mode as it is."""
     for mode, matrix in enumerate(matrices):
-        part = (part.movedim(mode, -1) @ matrix.mT).movedim(-1, mode)
-    return placed(part, tensor)
+        if matrix is not None:
+            tensor = (tensor.movedim(mode, -1) @ matrix.mT).movedim(-1, mode)
+    return tensor
+
+
+def turned(tensor: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """The leading part of a tensor, of the matrices' widths, multiplied by them mode by mode and placed in its shape."""
+    part = tensor[tuple(slice(None if matrix is None else matrix.shape[1]) for matrix in matrices)]
+    return placed(multiplied(part, [matrix if matrix is None else matrix.to(part.dtype) for matrix in matrices]), tensor)
