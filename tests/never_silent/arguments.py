@@ -230,6 +230,19 @@ CASES |= {  # sparse parts, pruning and freezing
     ("aflora", "uncertainty_smoothing"): ({"interval": 1, "warmup_epochs": 3, "final_epochs": 0}, 0.0),
     ("aflora", "keep"): ({}, 1.0),
 }
+CASES |= {  # training that shrinks
+    ("trp", "interval"): ({}, 3),
+    ("trp", "matricization"): ({"energy": 0.7}, "spatial"),
+    ("trp", "energy"): ({}, 0.6),
+    ("trp", "threshold"): ({}, 0.3),
+    ("trp", "fraction"): ({}, 0.5),
+    ("trp", "nuclear"): ({}, 0.1),
+    ("cuttlefish", "window"): ({"rule": "plain"}, 4),
+    ("cuttlefish", "threshold"): ({"rule": "plain"}, 0.0),
+    ("cuttlefish", "rule"): ({}, "plain"),
+    ("cuttlefish", "frobenius_decay"): ({}, 0.5),
+    ("cuttlefish", "layers"): ({"rule": "plain"}, ("3",)),
+}
 REFUSED = {("loftq", "mode")}  # the other value is refused at the layers of the network
 MEMORY = {("nola", "chunk")}  # changes no number on purpose, and the largest piece of memory taken at once
 ELSEWHERE = {("aflora", "train_square")}  # concerns square layers, which the network has not: tests/schedules/test_aflora.py
