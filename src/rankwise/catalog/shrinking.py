@@ -75,7 +75,7 @@ def trp(
     cost="one spectral norm per layer and epoch, one SVD per layer at the switch",
     merges="exact",
     exports="no (the weight is replaced); `deploy_` makes two small layers of each at rank r",
-    when="To train from scratch without choosing ranks or a switch epoch by hand; small and early layers are better left whole.",
+    when="To train from scratch without choosing ranks or a switch epoch; small and early layers are better left whole.",
     tiny={"interval": 1, "window": 3, "threshold": 10.0},
     variants=("cuttlefish(interval=2, window=2, threshold=10.0, rule='plain', frobenius_decay=0.01)",),
 )

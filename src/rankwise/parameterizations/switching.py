@@ -27,7 +27,8 @@ def balanced(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     U, S, Vh = truncated_svd(wide, rank)
     root = S.sqrt()
-    return (U * root).to(weight.dtype), (root[:, None] * Vh).to(weight.dtype).contiguous()
+    # Contiguous, as they come back from a file: else a resumed run would round differently.
+    return (U * root).to(weight.dtype).contiguous(), (root[:, None] * Vh).to(weight.dtype).contiguous()
 
 
 @register("parameterization")

@@ -1,17 +1,17 @@
-"""Cuttlefish: a network is trained at full rank until the stable ranks of its weights rest, then factorized once at these ranks.
+"""Cuttlefish: a network trains at full rank until the stable ranks of its weights rest, then is factorized once at these ranks.
 
     sr(W) = ⌊‖W‖_F² / σ_1²⌋     counted at the end of each "epoch" of `interval` steps
     a layer rests once the mean |slope| of the smoothed counts is ≤ `threshold`;  when all rest, in one switch
     W = U Σ Vᵀ  ->  B A,  B = U_r Σ_r^½ (m, r),  A = Σ_r^½ V_rᵀ (r, n),  r = ⌈k · sr / sr_0⌉,  at most k = min(m, n)
 
 sr_0 belongs to the weight before the first step: the rule is scaled so that a weight as random as that keeps its full rank;
-`rule="plain"` takes r = sr. Counts are smoothed by an exponential mean of span `window`, slopes are central differences, the last
-11 of them count (all where the window is shorter), and a layer that rests stays at rest. Afterwards the decay of the factors is
-that of their product: the penalty (λ/2)‖B A‖_F² adds λ B (A Aᵀ) to the gradient of B and λ (BᵀB) A to that of A.
+`rule="plain"` takes r = sr. Counts are smoothed by an exponential mean of span `window`, slopes are central differences, the
+last 11 of them count (all where the window is shorter), and a layer that rests stays at rest. Afterwards the decay of the
+factors is that of their product: the penalty (λ/2)‖B A‖_F² adds λ B (A Aᵀ) to the gradient of B and λ (BᵀB) A to that of A.
 
-Trained numbers m·n before, r(m + n) after; one spectral norm per layer and epoch, one SVD per layer at the switch, which forgets
-the optimizer's state of these layers. Everything else is left as it is. `layers` names those to factorize; `compression.slow_layers` finds
-the ones that would be faster (the paper's rule for the first layers, which stay whole).
+Trained numbers m·n before, r(m + n) after; one spectral norm per layer and epoch, one SVD per layer at the switch, which
+forgets the optimizer's state of these layers. Everything else is left as it is. `layers` names those to factorize;
+`rankwise.compression.slow_layers` finds the ones that would be faster (the paper's rule for the first layers, left whole).
 
 Not a rank search: no loss is looked at.
 
@@ -118,7 +118,8 @@ class Cuttlefish(Procedure):
         if self.switched or not there or (step + 1) % self.interval:
             return {}
         ranks = {site: stable_rank(whole(blocks[site]["weight"])) for site in there}
-        if not all([self.watches[site].add(rank) for site, rank in ranks.items()]):
+        rests = [self.watches[site].add(rank) for site, rank in ranks.items()]
+        if not all(rests):
             return {}
         self.switched = True
         shapes = {site: min(blocks[site]["weight"].shape) for site in there}
