@@ -67,6 +67,8 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         State is stored by place. Tensors that are new have no state yet.
         """
+        if old.keys() == new.keys() and all(new[role] is tensor for role, tensor in old.items()):
+            return
         added = {role: tensor for role, tensor in new.items() if tensor.requires_grad and old.get(role) is not tensor}
         for group in self.param_groups:
             pairs = [*zip(group["param_names"], group["params"], strict=True)]
