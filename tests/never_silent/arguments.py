@@ -241,6 +241,12 @@ CASES |= {  # training that shrinks
     ("cuttlefish", "threshold"): ({"rule": "plain"}, 0.0),
     ("cuttlefish", "rule"): ({}, "plain"),
     ("cuttlefish", "frobenius_decay"): ({}, 0.5),
+    ("maestro", "penalty"): ({}, 0.1),
+    ("maestro", "threshold"): ({}, 0.6),
+    ("maestro", "interval"): ({"threshold": 0.6}, 2),
+    ("maestro", "sampler"): ({}, "across_layers"),
+    ("maestro", "hierarchical"): ({}, False),
+    ("maestro", "seed"): ({}, 1),
     ("cuttlefish", "layers"): ({"rule": "plain"}, ("3",)),
 }
 REFUSED = {("loftq", "mode")}  # the other value is refused at the layers of the network

@@ -6,8 +6,10 @@ from rankwise.core.catalog import Reference, entry
 from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
 from rankwise.parameterizations.full import Full
+from rankwise.parameterizations.nested_factors import NestedFactors
 from rankwise.parameterizations.switching import Switching
 from rankwise.procedures.cuttlefish import Cuttlefish
+from rankwise.procedures.maestro import Maestro
 from rankwise.procedures.trp import TRP
 from rankwise.steps.moments import adamw
 
@@ -77,7 +79,7 @@ def trp(
     exports="no (the weight is replaced); `deploy_` makes two small layers of each at rank r",
     when="To train from scratch without choosing ranks or a switch epoch; small and early layers are better left whole.",
     tiny={"interval": 1, "window": 3, "threshold": 10.0},
-    variants=("cuttlefish(interval=2, window=2, threshold=10.0, rule='plain', frobenius_decay=0.01)",),
+    variants=("cuttlefish(interval=2, window=3, threshold=10.0, rule='plain', frobenius_decay=0.01)",),
 )
 def cuttlefish(
     *,
@@ -99,3 +101,48 @@ def cuttlefish(
         layers=layers,
     )
     return Recipe(name="cuttlefish", parameterization=piece(Switching), step=(piece(adamw),), procedure=watching, own=OWN)
+
+
+@entry(
+    "procedure",
+    title="Maestro (LoD)",
+    formula="B[:, :b] A[:b] with b drawn per step;  + λ Σ_b (‖B[:, b:]‖ + ‖A[b:]‖);  R ← #{‖B[:, b:]‖ ‖A[b:]‖ ≥ ε}",
+    reference=Reference(
+        "Horváth, Laskaridis, Rajput, Wang",
+        "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition",
+        2023,
+        "2308.14929",
+    ),
+    trained="R(m + n), R = min(m, n) at the start",
+    numbers="min(m, n)*(m+n)",
+    flops="2*T*min(m, n)*(m+n)",
+    cost="O(R(m + n)) for the penalty; one SVD per layer at the start",
+    merges="exact",
+    exports="no (the weight is replaced); `deploy_` makes two small layers of each at rank R",
+    when="To train one network that contains its smaller ones; begins with up to twice the numbers, λ has to be searched.",
+    tiny={"interval": 3, "penalty": 1e-3, "threshold": 0.05},
+    variants=(
+        "maestro(interval=3, sampler='across_layers', penalty=1e-3)",
+        "maestro(interval=3, hierarchical=False, penalty=1e-3)",
+    ),
+)
+def maestro(
+    *,
+    penalty: float = 1e-6,
+    threshold: float = 1e-5,
+    interval: int = 100,
+    sampler: str = "per_layer",
+    hierarchical: bool = True,
+    seed: int = 0,
+) -> Recipe:
+    """Trains factors of full inner rank with prefixes cut at random, so that they order themselves and find their ranks."""
+    cutting = piece(
+        Maestro,
+        penalty=penalty,
+        threshold=threshold,
+        interval=interval,
+        sampler=sampler,
+        hierarchical=hierarchical,
+        seed=seed,
+    )
+    return Recipe(name="maestro", parameterization=piece(NestedFactors), step=(piece(adamw),), procedure=cutting, own=OWN)

@@ -26,8 +26,6 @@ from rankwise.core.layouts import ConvLayout
 from rankwise.core.operators import LowRank
 from rankwise.core.targets import Target, target_of
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 def channel_chain(layer: nn.Module, B: Tensor, A: Tensor) -> nn.Sequential:
     """The layers `A` and `B` for the matrix B A (m, n); of rank 0, one direction of zeros."""
@@ -109,14 +107,15 @@ def _part(layer: nn.Module, weight: Tensor, directions: Sequence[int], *, groups
     """A convolution with this weight and the layer's geometry in some directions; in the others it moves pointwise."""
     known = cast(Any, layer)
     count = len(known.kernel_size)
-    groups = known.groups if groups is None else groups
+    groups = int(known.groups) if groups is None else groups
 
     def there(values: Sequence[int], elsewhere: int) -> tuple[int, ...]:
         return tuple(values[k] if k in directions else elsewhere for k in range(count))
 
     bias = known.bias if last else None
+    kind = cast(Any, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[count - 1])
     with torch.device("meta"):  # nothing is drawn, so the global generator stays where it is
-        part = _CONVOLUTIONS[count - 1](
+        part = kind(
             weight.shape[1] * groups,
             weight.shape[0],
             tuple(weight.shape[2:]),
