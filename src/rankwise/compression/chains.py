@@ -86,8 +86,8 @@ def tucker_chain(layer: nn.Module, core: Tensor, U_out: Tensor, U_in: Tensor) ->
         raise TargetError(f"a Tucker chain needs groups=1, this layer has {target.layout.groups}; use channel_chain")
     ones = [1 for _ in target.layout.kernel]
     narrow, wide = U_in.mT.reshape(*U_in.mT.shape, *ones), U_out.reshape(*U_out.shape, *ones)
-    core = _part(layer, core, range(len(ones)))
-    return _chain(layer, _part(layer, narrow, ()), core, _part(layer, wide, (), last=True))
+    middle = _part(layer, core, range(len(ones)))
+    return _chain(layer, _part(layer, narrow, ()), middle, _part(layer, wide, (), last=True))
 
 
 def _target(layer: nn.Module) -> Target:
