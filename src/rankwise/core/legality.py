@@ -99,7 +99,7 @@ def _role_problems(recipe: Recipe) -> list[Problem]:
         for part in pieces:
             if part is None:
                 continue
-            needed = part.build().roles if shelf == "step" else part.factory.roles  # type: ignore[attr-defined]
+            needed = part.build().roles  # which may depend on the arguments
             if not needed <= roles:
                 found.append(
                     Problem(
