@@ -25,7 +25,8 @@ def stable_rank(W: Tensor) -> int:
     gram = wide @ wide.mT if W.shape[0] <= W.shape[1] else wide.mT @ wide  # on the shorter side
     values = torch.linalg.eigvalsh(gram)  # σ², ascending
     ratio = torch.where(values[-1] > 0, gram.trace() / values[-1], 0.0)
-    return int(ratio * (1 + 1e-9))  # equal singular values give a whole number, up to rounding
+    rounding = 8 * torch.finfo(W.dtype).eps * max(W.shape)  # equal singular values give a whole number, up to this
+    return int(ratio * (1 + rounding))
 
 
 def target_rank(full: int, sr_start: int, sr: int, rule: str = "scaled") -> int:
