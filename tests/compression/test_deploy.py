@@ -120,6 +120,9 @@ RECIPES = {
     "trp(interval=4, fraction=0.2, matricization='filter')": "filter",
     "cuttlefish(interval=1, window=3, threshold=100.0, rule='plain')": "channel",
     "maestro(interval=2, penalty=1e-3, threshold=2.5)": "channel",
+    "dlrt(rank=2, max_rank=4)": "channel",
+    "condlr(rank=2)": "channel",
+    "tucker_dlrt(ranks=2, max_rank=2)": "tucker",
 }
 
 

@@ -293,6 +293,30 @@ CASES |= {  # training that shrinks
     ("maestro", "seed"): ({}, 1),
     ("cuttlefish", "layers"): ({"rule": "plain"}, ("3",)),
 }
+CASES |= {  # layers of low rank from the start
+    ("dlrt", "rank"): ({}, 3),
+    ("dlrt", "tolerance"): ({"rank": 3, "min_rank": 1}, 0.8),
+    ("dlrt", "adaptive"): ({"max_rank": None}, False),
+    ("dlrt", "absolute"): ({"rank": 3, "min_rank": 1, "tolerance": 0.7}, True),
+    ("dlrt", "min_rank"): ({"tolerance": 0.9}, 1),
+    ("dlrt", "max_rank"): ({}, 2),
+    ("dlrt", "keep_base"): ({}, True),
+    ("dlrt", "start"): ({}, "random"),
+    ("dlrt", "frozen_bases_after"): ({}, 3),
+    ("tucker_dlrt", "ranks"): ({}, 3),
+    ("tucker_dlrt", "tolerance"): ({"ranks": 3, "min_rank": 1}, 0.8),
+    ("tucker_dlrt", "min_rank"): ({"tolerance": 0.9}, 1),
+    ("tucker_dlrt", "max_rank"): ({}, 1),
+    ("tucker_dlrt", "modes"): ({}, (0,)),
+    ("tucker_dlrt", "start"): ({}, "random"),
+    ("sst", "interval"): ({}, 3),
+    ("sst", "warmup"): ({}, 0),
+    ("sst", "iterations"): ({}, 1),
+    ("condlr", "compression"): ({"rank": None}, 0.7),
+    ("condlr", "tau"): ({}, 1.5),
+    ("condlr", "retraction"): ({}, "polar"),
+    ("condlr", "momentum"): ({}, 0.5),
+}
 CASES |= {  # perturbations and robust training
     ("autolora_robust", "step_size"): ({}, 0.02),
     ("autolora_robust", "radius"): ({}, 0.001),
@@ -350,4 +374,7 @@ WITHOUT_EFFECT = [
     "capaboost(rank=4, masks='nm', density=0.3)",
     "lora_dropout(rank=2, kind='input', granularity='sample')",
     "lora_dropout(rank=2, kind='output', granularity='token')",
+    "dlrt(rank=2, adaptive=False, absolute=True)",
+    "dlrt(rank=2, adaptive=False, max_rank=3)",
+    "condlr(rank=2, compression=0.7)",
 ]

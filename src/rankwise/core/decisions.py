@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -155,10 +155,21 @@ def renew(
         if transport is None:
             optimizer.state.pop(after[role], None)
             continue
-        state: dict[str, Any] = optimizer.state.get(after[role], {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim():
-                state[name] = transport(value)
+        _transport(optimizer.state, after[role], transport)
+
+
+def _transport(states: dict[Any, Any], tensor: Tensor, transport: Callable[[Tensor], Tensor]) -> None:
+    """Moments follow as gradients do, and means of squares (…_sq) through their roots, so that none becomes negative.
+
+    State of another form (codes of eight bits) cannot follow: then the tensor begins again without.
+    """
+    state: dict[str, Any] = states.get(tensor, {})
+    moments = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
+    if any(value.shape != tensor.shape for value in moments.values()):
+        states.pop(tensor)
+        return
+    for name, value in moments.items():
+        state[name] = transport(value.sqrt()).square() if name.endswith("_sq") else transport(value)
 
 
 @torch.no_grad()

@@ -200,8 +200,10 @@ class BlockOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, copied and to the bit: torch would cast state to the dtype of its tensor.
 
-        Counters (0-d tensors) stay where they are; the rest goes to the device of the tensor that it belongs to.
+        Counters (0-d tensors) stay where they are; the rest goes to the device of the tensor that it belongs to. Tensors that
+        were frozen when this optimizer was made, and that it lacks, are passed over.
         """
+        state_dict = self._without_frozen(state_dict)
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -212,6 +214,21 @@ class BlockOptimizer(torch.optim.Optimizer):
             self.state[tensor] = {
                 name: value.clone() if value.dim() == 0 else value.to(tensor.device, copy=True) for name, value in kept.items()
             }
+
+    def _without_frozen(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The stored groups without the tensors that are not here and had no state."""
+        groups = []
+        for stored, here in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            names = set(here["param_names"])
+            pairs = [
+                (name, index)
+                for name, index in zip(stored.get("param_names", ()), stored["params"], strict=False)
+                if name in names or state_dict["state"].get(index)
+            ]
+            left = len(stored["params"]) > len(pairs) == len(names)
+            kept = {"param_names": [name for name, _ in pairs], "params": [index for _, index in pairs]} if left else {}
+            groups.append({**stored, **kept})
+        return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
 
 def _gradients(block: Mapping[str, Tensor]) -> dict[str, Tensor]:
