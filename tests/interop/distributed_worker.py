@@ -29,6 +29,7 @@ RECIPES = {
     "infosam": "lora(rank=4) + presam(direction='noise', metric='weights') + sgd(momentum=0.9)",
     "vasso": "lora(rank=4) + vasso(theta=0.4) + sgd(momentum=0.9)",
     "fira": "full + fira(rank=4, refresh=2)",
+    "trp": "trp(interval=2, fraction=0.5, nuclear=0.01) + sgd(momentum=0.9)",
     "apollo": "full + apollo(rank=4, refresh=2)",
 }
 STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "flora_grad": 1e-2, "fira": 1e-2, "apollo": 1e-2}

@@ -292,6 +292,25 @@ CASES |= {  # sparse parts, pruning and freezing
     ("aflora", "uncertainty_smoothing"): ({"interval": 1, "warmup_epochs": 3, "final_epochs": 0}, 0.0),
     ("aflora", "keep"): ({}, 1.0),
 }
+CASES |= {  # training that shrinks
+    ("trp", "interval"): ({}, 3),
+    ("trp", "matricization"): ({"energy": 0.7}, "spatial"),
+    ("trp", "energy"): ({}, 0.6),
+    ("trp", "threshold"): ({}, 0.3),
+    ("trp", "fraction"): ({}, 0.5),
+    ("trp", "nuclear"): ({}, 0.1),
+    ("cuttlefish", "window"): ({"rule": "plain"}, 4),
+    ("cuttlefish", "threshold"): ({"rule": "plain"}, 0.0),
+    ("cuttlefish", "rule"): ({}, "plain"),
+    ("cuttlefish", "frobenius_decay"): ({}, 0.5),
+    ("maestro", "penalty"): ({}, 0.1),
+    ("maestro", "threshold"): ({}, 0.6),
+    ("maestro", "interval"): ({"threshold": 0.6}, 2),
+    ("maestro", "sampler"): ({}, "across_layers"),
+    ("maestro", "hierarchical"): ({}, False),
+    ("maestro", "seed"): ({}, 1),
+    ("cuttlefish", "layers"): ({"rule": "plain"}, ("3",)),
+}
 CASES |= {  # layers of low rank from the start
     ("dlrt", "rank"): ({}, 3),
     ("dlrt", "tolerance"): ({"rank": 3, "min_rank": 1}, 0.8),
