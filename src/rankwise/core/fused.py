@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rankwise.core.errors import TrainingError
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the fused node gives what plain autograd gives: a frozen layer, outside of compilation and torch.func."""
+    """Whether the fused node gives what plain autograd gives: a frozen layer, not compiled, no torch.func, no forward mode."""
     return not (
         weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or type(x) is not Tensor
     )
 
