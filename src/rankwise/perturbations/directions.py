@@ -13,6 +13,7 @@ gradients afterwards, so nothing is held beside `.grad` but one tensor's directi
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -129,8 +130,10 @@ def tensors_of(blocks: Blocks) -> list[Tensor]:
 def tangents(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Within, forward-mode differentiation carries a tangent of every first tensor, whose numbers stay."""
     with torch.no_grad(), forward_ad.dual_level():
-        for tensor, tangent in pairs:
-            tensor.copy_(forward_ad.make_dual(tensor.detach().clone(), tangent))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)  # torch's own, once
+            for tensor, tangent in pairs:
+                tensor.copy_(forward_ad.make_dual(tensor.detach().clone(), tangent))
         yield
 
 
