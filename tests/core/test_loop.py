@@ -244,7 +244,7 @@ def test_a_procedure_whose_renewals_the_parameterization_lacks_is_refused() -> N
 def test_two_methods_that_take_gradients_their_own_way_are_refused() -> None:
     model, _ = model_and_batch()
     sam = rankwise.compose("sam")
-    with pytest.raises(RecipeError, match="one method that decides how gradients are taken"):
+    with pytest.raises(RecipeError, match="gradients that are taken in one way"):
         rankwise.adapt_(model, Recipe(**{**growing().__dict__, "perturbation": sam.perturbation}))
 
 

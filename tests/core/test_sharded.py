@@ -91,6 +91,23 @@ def test_sam(mesh, adaptive: bool) -> None:
     run(lambda made: SharpnessAware(rho=0.3, adaptive=adaptive).move(made, learning_rate=1.0), mesh)
 
 
+@pytest.mark.parametrize("metric", ["none", "weights", "fisher"])
+@pytest.mark.parametrize("direction", ["average", "noise"])
+def test_relatives_of_sam_and_their_state(mesh, direction: str, metric: str) -> None:
+    def work(made) -> None:
+        chosen = {"rho": 0.3, "direction": direction, "metric": metric}
+        part, again = SharpnessAware(**chosen), SharpnessAware(**chosen)
+        for step, current in enumerate((part, part, again, again)):
+            if step == 2:
+                again.load_state_dict(part.state_dict())  # whole tensors, as a file holds them
+            for block in made.values():
+                for tensor in block.values():
+                    tensor.grad = (tensor.detach() + 0.3 * step).sin()
+            current.move(made, learning_rate=1.0)  # and stays there, so that the next gradient is another
+
+    run(work, mesh)
+
+
 @pytest.mark.parametrize("kind", ["nbar", "obar"])
 def test_bar(mesh, kind: str) -> None:
     run(lambda made: Balance(kind=kind).move(made, learning_rate=0.1), mesh)

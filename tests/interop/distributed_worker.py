@@ -24,8 +24,12 @@ RECIPES = {
     "vera": "vera(rank=6) + sgd(momentum=0.9)",
     "tied_lora": "tied_lora(rank=4) + sgd(momentum=0.9)",
     "intrinsic_dimension": "intrinsic_dimension(dimension=20) + sgd(momentum=0.9)",
+    "infosam": "lora(rank=4) + presam(direction='noise', metric='weights') + sgd(momentum=0.9)",
+    "vasso": "lora(rank=4) + vasso(theta=0.4) + sgd(momentum=0.9)",
+    "fira": "full + fira(rank=4, refresh=2)",
+    "apollo": "full + apollo(rank=4, refresh=2)",
 }
-STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2}
+STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "fira": 1e-2, "apollo": 1e-2}
 
 
 def batch(step: int) -> Tensor:
@@ -44,8 +48,12 @@ def train(handle: rw.Handle, model: nn.Module, kind: str, rank: int, world: int)
     model.train()
     for step in range(STEPS):
         ids = batch(step).chunk(world)[rank]
-        model(input_ids=ids, labels=ids).loss.backward()
-        handle.after_backward()
+
+        def run(ids: Tensor = ids) -> None:
+            model(input_ids=ids, labels=ids).loss.backward()
+
+        run()
+        handle.after_backward(run)
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()

@@ -89,6 +89,7 @@ def test_quadratic_trajectory_matches_the_closed_form() -> None:
     generator = torch.Generator().manual_seed(2)
     H = torch.randn(6, 6, generator=generator, dtype=torch.float64)
     H = H @ H.t() / 6
+    torch.manual_seed(0)  # of the layer
     model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
     handle = rankwise.adapt_(model, rankwise.compose("full + sgd + sam(rho=0.2)"), where=["0"])
     weight = handle.parameterization("0").roles()["weight"]

@@ -37,8 +37,15 @@ def texts(*shelves: str) -> list[str]:
 
 
 def on(layout: str, *shelves: str) -> list[str]:
-    """Those whose parameterization claims a kind of layer."""
-    return [text for text in texts(*shelves) if layout in rankwise.compose(text).method.facts.layouts]
+    """Those whose parameterization claims a kind of layer, and that train on any loss."""
+    found = [text for text in texts(*shelves) if layout in rankwise.compose(text).method.facts.layouts]
+    return [text for text in found if not makes_its_loss(text)]
+
+
+def makes_its_loss(text: str) -> bool:
+    """Whether the procedure makes the loss itself, from images."""
+    procedure = rankwise.compose(text).procedure
+    return procedure is not None and hasattr(procedure.factory, "loss")
 
 
 class Subject:
@@ -136,9 +143,13 @@ def fitting(subject: Subject, recipe: Recipe) -> list[str]:
 
 def train(subject: Subject, model: nn.Module, handle: rankwise.Handle, *, steps: int = STEPS) -> list[float]:
     optimizer = handle.optimizer(lr=1e-3)
-    losses = []
+    own, losses = getattr(handle.procedure, "loss", None), []
+
+    def loss(batch: Batch) -> Tensor:
+        return subject.loss(model, batch) if own is None else own(model, batch["pixels"] / 2 + 0.5, batch["labels"])
+
     for batch in subject.batches[:steps]:
-        losses.append(float(handle.backward(lambda batch=batch: subject.loss(model, batch))))
+        losses.append(float(handle.backward(lambda batch=batch: loss(batch))))
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()
@@ -201,6 +212,6 @@ def test_a_convolution_that_pads_by_itself_is_refused_on_the_path_and_right_in_t
         torch.testing.assert_close(model(x), adapted)
 
 
-@pytest.mark.parametrize("text", on("conv", "parameterization"))
+@pytest.mark.parametrize("text", [*on("conv", "parameterization"), *filter(makes_its_loss, texts("procedure"))])
 def test_on_a_packaged_convolutional_net(text: str, tmp_path: Path) -> None:
     lives(photographs(), text, tmp_path)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rankwise
-from rankwise.core.errors import ArgumentError, RecipeError, TrainingError
+from rankwise.core.errors import ArgumentError, RecipeError
 from rankwise.steps.clipping import clip, effective_norm
 from rankwise.steps.lora_pro import directions, equivalent_gradient, sylvester
 
@@ -91,14 +91,22 @@ def test_two_clippings_and_a_clipping_beside_sequential_steps_are_refused():
             rankwise.adapt_(nn.Sequential(nn.Linear(8, 8)), rankwise.compose(recipe))
 
 
-def test_allora_refuses_dropout_and_what_is_not_additive():
-    _, handle, _, loss = problem("lora(rank=2, dropout=0.5) + allora")
-    with pytest.raises(TrainingError, match="set dropout=0"):
-        handle.backward(loss)
-    with pytest.raises(RecipeError, match="an additive parameterization"):
-        rankwise.adapt_(nn.Sequential(nn.Linear(8, 8)), rankwise.compose("dora(rank=2) + allora"))
+def test_allora_refuses_what_has_no_factors_to_rescale():
+    for host in ("dora(rank=2)", "sltrain(rank=2, density=0.25, keep_base=True)"):
+        with pytest.raises(RecipeError, match="an additive parameterization with exact factors"):
+            rankwise.adapt_(nn.Sequential(nn.Linear(8, 8)), rankwise.compose(f"{host} + allora"))
     with pytest.raises(ArgumentError, match="eta_squared"):
         rankwise.compose("lora + allora(eta_squared=0)").steps()
+
+
+def test_allora_rescales_under_dropout_too():
+    """At B = 0 every row has c = η, so B's gradient is η times LoRA's with the same masks."""
+    gradients = []
+    for recipe in ("lora(rank=2, dropout=0.5)", "lora(rank=2, dropout=0.5) + allora(eta_squared=9.0)"):
+        _, handle, _, loss = problem(recipe)
+        handle.backward(loss)
+        gradients.append(handle.blocks()["0"]["B"].grad)
+    torch.testing.assert_close(gradients[1], 3.0 * gradients[0])
 
 
 def test_a_model_under_allora_can_be_copied_and_pickled_and_its_evaluation_is_lora():

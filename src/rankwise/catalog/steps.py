@@ -29,9 +29,10 @@ def stepping(*steps: Piece, name: str) -> Recipe:
     state="2*r*(m + n)",
     when="The default.",
 )
-def adamw(*, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Recipe:
-    """Adam with decoupled weight decay; vectors are not decayed."""
-    return stepping(piece(moments.adamw, weight_decay=weight_decay, betas=betas, eps=eps), name="adamw")
+def adamw(*, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, bits: int = 32) -> Recipe:
+    """Adam with decoupled weight decay; vectors are not decayed. With 8 bits its means take a quarter of the bytes."""
+    step = piece(moments.adamw, weight_decay=weight_decay, betas=betas, eps=eps, bits=bits)
+    return stepping(step, name="adamw")
 
 
 @entry(
@@ -131,7 +132,7 @@ def galore(
     inner: Recipe | None = None,
 ) -> Recipe:
     """Trains whole weights with moments kept in a low-rank subspace of the gradient; `inner` (default adamw) runs there."""
-    within = None if inner is None else _single_step(inner)
+    within = None if inner is None else single_step(inner, "galore")
     projected = piece(
         projections.galore, rank=rank, scale=scale, refresh=refresh, side=side, weight_decay=weight_decay, inner=within
     )
@@ -161,7 +162,12 @@ def stiefel_adam(
     return Recipe(name="stiefel_adam", parameterization=soda().parameterization, step=(step,), own=frozenset({"step"}))
 
 
-def _single_step(recipe: Recipe) -> Piece:
+def single_step(recipe: Recipe, name: str) -> Piece:
+    """The one step of a recipe that is given as `inner` to a projection.
+
+    Raises:
+        ArgumentError: it has several steps, or one that makes no update.
+    """
     if len(recipe.step) != 1 or recipe.step[0].build().stage != MOMENTS:
-        raise ArgumentError(f"galore: inner is one step that makes the update (adamw, sgd), not {recipe.name!r}")
+        raise ArgumentError(f"{name}: inner is one step that makes the update (adamw, sgd), not {recipe.name!r}")
     return recipe.step[0]

@@ -38,14 +38,13 @@ def with_gain(update: Operator, gain: Gain) -> Operator:
     """The same operator (m, n); gradients of its tensors are those for diag(c) times the output's gradient.
 
     Raises:
-        TrainingError: the update has no exact factors, or is under dropout.
+        TrainingError: the update has no exact factors.
     """
-    factors = None if isinstance(update, Dropped) else as_low_rank(update)
+    if isinstance(update, Dropped):
+        return Dropped(with_gain(update.inner, gain), update.probability, update.thin, update.kept)
+    factors = as_low_rank(update)
     if factors is None:
-        raise TrainingError(
-            "a step that rescales gradients by rows (allora) needs an update with factors B A and without dropout; set "
-            "dropout=0"
-        )
+        raise TrainingError("a step that rescales gradients by rows (allora) needs an update with exact factors B A")
     B, A, scale = factors.B, factors.A, factors.scale
     B_fixed, A_fixed = B.detach(), A.detach()
     with torch.no_grad():

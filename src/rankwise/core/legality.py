@@ -100,7 +100,7 @@ def _role_problems(recipe: Recipe) -> list[Problem]:
         for part in pieces:
             if part is None:
                 continue
-            needed = part.build().roles if shelf == "step" else part.factory.roles  # type: ignore[attr-defined]
+            needed = part.build().roles  # which may depend on the arguments
             if not needed <= roles:
                 found.append(
                     Problem(
@@ -148,11 +148,12 @@ def _chain_problems(recipe: Recipe) -> list[Problem]:
             )
         )
     gains = [step.name for step in steps if step.gain is not None]
-    if gains and (len(gains) > 1 or not recipe.method.facts.additive):
+    facts = recipe.method.facts_of(**recipe.parameterization.arguments)
+    if gains and (len(gains) > 1 or not (facts.additive and facts.exact_lora_export)):
         found.append(
             Problem(
                 piece=f"step {gains[0]}",
-                needs="an additive parameterization, W' = W + s B A, and no other step that rescales rows of the gradient",
+                needs="an additive parameterization with exact factors, and no other step that rescales rows of the gradient",
                 has=f"the steps {' and '.join(gains)} on {recipe.parameterization.name}",
                 remedy="use lora, rslora or gated_lora, and name it once",
             )
@@ -163,20 +164,23 @@ def _chain_problems(recipe: Recipe) -> list[Problem]:
 def _pass_problems(recipe: Recipe) -> list[Problem]:
     """Two methods that each take gradients in a way of their own."""
     parts = [part for part in (recipe.perturbation, recipe.procedure) if part is not None]
-    own: list[str] = [
+    own = [
         part.name
         for part in parts
         if getattr(part.factory, "second_pass", False) or getattr(part.factory, "forward_only", False)
     ]
-    if len(own) < 2:
-        return []
+    exact = (
+        [step.name for step in recipe.steps() if step.exact] if recipe.perturbation and recipe.perturbation.name in own else []
+    )
+    clashes = [own] if len(own) > 1 else [[own[0], name] for name in exact] if own else []
     return [
         Problem(
-            piece=" and ".join(own),
-            needs="one method that decides how gradients are taken",
-            has=f"both {own[0]} and {own[1]} do",
-            remedy=f"keep {own[0]} or {own[1]}",
+            piece=" and ".join(pair),
+            needs="gradients that are taken in one way, at the factors where they are",
+            has=f"{pair[0]} takes them in its own way, and {pair[1]} needs them in another",
+            remedy=f"keep {pair[0]} or {pair[1]}",
         )
+        for pair in clashes
     ]
 
 

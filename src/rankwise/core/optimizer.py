@@ -88,11 +88,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             for site, block in _blocks_of(group).items():
                 trained = {role: tensor for role, tensor in block.items() if tensor.grad is not None}
                 if trained:
-                    yield group, self._known(site, trained)
+                    yield group, self._known(site, trained, group)
 
-    def _known(self, site: str, tensors: dict[str, Tensor]) -> SiteBlock:
+    def _known(self, site: str, tensors: dict[str, Tensor], group: Mapping[str, Any]) -> SiteBlock:
         known = self._facts.get(site, SiteBlock())
-        return SiteBlock(tensors, site=site, scale=known.scale, shape=known.shape)
+        rates = (float(group["lr"]), float(group.get("initial_lr", self.defaults["lr"])))
+        return SiteBlock(tensors, site=site, scale=known.scale, shape=known.shape, rates=rates)
 
     def _clipped(self) -> dict[str, Mapping[str, Tensor]]:
         """The gradients of every site behind the preconditioners and what looks at all of them together."""
@@ -169,12 +170,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             block = {role: kept for role, kept in _blocks_of(group)[site].items() if kept.requires_grad}
             if any(kept.grad is None for kept in block.values()):
                 return
-            self.move_now(site, block, float(group["lr"]))
+            self.move_now(site, block, group)
 
         tensor.register_post_accumulate_grad_hook(arrived)
 
     @torch.no_grad()
-    def move_now(self, site: str, block: dict[str, Tensor], lr: float) -> None:
+    def move_now(self, site: str, block: dict[str, Tensor], group: Mapping[str, Any]) -> None:
         """Moves one block by its gradients and frees them.
 
         Raises:
@@ -186,7 +187,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                     f"the gradient of {site}.{role} holds NaN or infinity. With per_layer=True, layers behind it in the model "
                     "have moved already; go back to the last checkpoint and lower the learning rate"
                 )
-        self._step_block(self._known(site, block), lr)
+        self._step_block(self._known(site, block, group), float(group["lr"]))
         for tensor in block.values():
             tensor.grad = None
 

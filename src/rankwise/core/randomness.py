@@ -77,7 +77,10 @@ class MaskStream:
         if inside_backward():
             return
         self._shared, self.counting = None, True
+        repeats = torch.is_grad_enabled() and (model is None or model.training)  # others may differ from pass to pass
         if self._pending is not None:
+            if not repeats:
+                return
             if not self._pending:
                 raise TrainingError(
                     f"the replay runs more forwards than the step did ({len(self._recorded)}); it has to repeat exactly the "
@@ -86,7 +89,7 @@ class MaskStream:
             self.forwards = self._pending.pop(0)
             return
         self.forwards += 1
-        if self.recording and torch.is_grad_enabled() and (model is None or model.training):
+        if self.recording and repeats:
             self._recorded.append(self.forwards)
 
     def forget(self) -> None:

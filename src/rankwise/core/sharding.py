@@ -25,3 +25,18 @@ def sharded_like(plain: Tensor, reference: Tensor) -> Tensor:
 
     moved = plain.to(device=reference.device, dtype=reference.dtype)
     return distribute_tensor(moved, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this device has of a tensor; the tensor itself where it is not sharded. For work number by number."""
+    return cast(Tensor, tensor.to_local()) if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local_as(part: Tensor, reference: Tensor) -> Tensor:
+    """Undoes `local_part`: the part of this device, as a tensor sharded like the reference."""
+    if not is_sharded(reference):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = reference.device_mesh, reference.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=reference.shape, stride=reference.stride())

@@ -30,13 +30,20 @@ class SiteBlock(dict[str, Tensor]):
         site: its name.
         scale: s of the update s · B A; 1 where there is none.
         shape: of the layer's weight in matrix orientation, (out, in, kernel…); empty where there is none.
+        rates: the learning rate of this step, and the one that its schedule started from.
     """
 
     def __init__(
-        self, tensors: Block | None = None, *, site: str = "", scale: float = 1.0, shape: tuple[int, ...] = ()
+        self,
+        tensors: Block | None = None,
+        *,
+        site: str = "",
+        scale: float = 1.0,
+        shape: tuple[int, ...] = (),
+        rates: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         super().__init__(tensors or {})
-        self.site, self.scale, self.shape = site, scale, shape
+        self.site, self.scale, self.shape, self.rates = site, scale, shape, rates
 
 
 def scale_of(block: Block) -> float:
@@ -52,6 +59,11 @@ def site_name_of(block: Block) -> str:
 def shape_of(block: Block) -> tuple[int, ...]:
     """The shape of the layer's weight, (out, in, kernel…); empty for a plain mapping."""
     return block.shape if isinstance(block, SiteBlock) else ()
+
+
+def rates_of(block: Block) -> tuple[float, float]:
+    """The learning rate of this step, and the one that its schedule started from; 1 and 1 for a plain mapping."""
+    return block.rates if isinstance(block, SiteBlock) else (1.0, 1.0)
 
 
 def _nothing(block: Block) -> State:
@@ -76,6 +88,9 @@ class Step(NamedTuple):
         rescaled: how this step's state of one tensor follows when that tensor is multiplied by a factor; None: not at all.
         across: of a step of stage "clipping": (gradients, parameters, states), each by site, of all blocks together ->
             gradients. Called once per step, after the preconditioners; `update` is not called then.
+        exact: whether it reads the full gradient off those of the factors at their own values (g_A = s Bᵀ G), which gradients
+            taken elsewhere (SAM) or estimated (zeroth order) do not allow.
+        layers: names of layers (the last part, or the whole) that it treats in a way of their own; they must exist.
         gain: by what the gradient that reaches the tensors of an additive update is multiplied during backward, row by row.
     """
 
@@ -91,6 +106,8 @@ class Step(NamedTuple):
     after: Callable[[State, Block], dict[str, Tensor]] | None = None
     rescaled: Callable[[dict[str, Tensor], Tensor], None] | None = None
     across: Across | None = None
+    exact: bool = False
+    layers: tuple[str, ...] = ()
     gain: Gain | None = None
 
 

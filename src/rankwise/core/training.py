@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.core.calls import Blocks, some_gradient
-from rankwise.core.errors import TrainingError
+from rankwise.core.errors import ArgumentError, TrainingError, did_you_mean
 from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.protocols import Perturbation, Procedure
 from rankwise.core.sharding import whole
@@ -33,6 +33,11 @@ def optimizer_of(handle: Handle, lr: float, per_layer: bool, overrides: Mapping[
     steps, facts = steps_with(handle.recipe, overrides), {}
     if per_layer:
         refuse_per_layer(handle, steps)
+    known = {name for site in handle.targets for name in (site, site.rpartition(".")[2])}
+    for step in steps:
+        for name in step.layers:
+            if name not in known:
+                raise ArgumentError(f"{step.name} names the layer {name!r}, which is not adapted. {did_you_mean(name, known)}")
     for site, target in handle.targets.items():
         entry = handle.parameterization(site)
         entry.gradient_gain = next((step.gain for step in steps if step.gain is not None), None)

@@ -20,11 +20,10 @@ arXiv:2403.03507.
 
 from __future__ import annotations
 
-from rankwise.core.errors import ArgumentError
-from rankwise.core.piece import Piece, piece, register
-from rankwise.core.step import MOMENTS, Step
-from rankwise.steps.moments import adamw
-from rankwise.steps.projector import projected, svd_basis
+from rankwise.core.piece import Piece, register
+from rankwise.core.step import Step
+from rankwise.steps.bases import svd_basis
+from rankwise.steps.projector import inner_steps, projected
 
 
 @register("step")
@@ -53,14 +52,7 @@ def galore(
     Example:
         >>> rankwise.compose("full + galore(rank=4, refresh=200)")
     """
-    within = adamw() if inner is None else inner.build()
-    if within.stage != MOMENTS or within.roles:
-        raise ArgumentError(f"galore: inner is a step that makes the update of any tensor (adamw, sgd), not {within.name!r}")
-    if inner is not None and inner.arguments.get("weight_decay"):
-        raise ArgumentError("galore: inner sees only the projected gradient; give weight_decay to galore itself")
-    outside = piece(adamw) if inner is None else inner  # for blocks without a `weight` role, a head
-    if weight_decay:
-        outside = Piece(outside.shelf, outside.name, {**outside.arguments, "weight_decay": weight_decay})
+    within, outside = inner_steps("galore", inner, weight_decay)
     return projected(
         name="galore",
         inner=within,
@@ -70,5 +62,5 @@ def galore(
         side=side,
         weight_decay=weight_decay,
         basis=svd_basis,
-        plain=outside.build(),
+        plain=outside,
     )

@@ -11,6 +11,8 @@ step in W does not depend on how BA was factored, nor on s.
 `lora_pro` keeps Adam's moments (m, n) of G̃, takes the direction Z they give for G, and turns it into factor directions:
 2mn state numbers per layer, as much as full fine-tuning. `lora_pro_gradient` goes in front of SGD and keeps none. Both cost
 O(r²(m + n) + r³) per layer and step, the first also O(rmn). Moments of the factors on top would be a second preconditioner.
+It needs the factors' own gradients: after a
+perturbation (SAM) g_A is not s Bᵀ G, and the inverse Gram of a small B would blow that up, so the two are not composed.
 At B = 0 it is d_A = 0, d_B = g_B (A Aᵀ)⁻¹ / s². Clip behind it where possible; in front of the Adam variant it clips g.
 
 *Differs*: s is the layer's own, a constant in the release; symmetric eigendecompositions solve for X; weight decay is a step of
@@ -63,7 +65,7 @@ def lora_pro(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, da
         d_B, d_A = directions(B, A, s * Z @ A.mT, s * B.mT @ Z, s, damping)
         return {**adam.update(others, state, parameters), "B": d_B, "A": d_A}
 
-    return Step(init, update, "lora_pro", MOMENTS, FACTORS, preconditions=True, plain=adam)
+    return Step(init, update, "lora_pro", MOMENTS, FACTORS, preconditions=True, exact=True, plain=adam)
 
 
 @register("step")
@@ -83,7 +85,8 @@ def lora_pro_gradient(*, damping: float = 1e-8) -> Step:
         d_B, d_A = directions(B, A, gradients["B"], gradients["A"], scale_of(parameters), damping)
         return {**gradients, "B": d_B, "A": d_A}
 
-    return stateless(update, name="lora_pro_gradient", stage=GRADIENT, roles=FACTORS, preconditions=True)
+    step = stateless(update, name="lora_pro_gradient", stage=GRADIENT, roles=FACTORS, preconditions=True)
+    return step._replace(exact=True)
 
 
 def directions(B: Tensor, A: Tensor, g_B: Tensor, g_A: Tensor, scale: float, damping: float = 0.0) -> tuple[Tensor, Tensor]:

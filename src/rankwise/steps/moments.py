@@ -2,7 +2,8 @@
 
 AdamW keeps m̂, v̂ (exponential means of g and g²) and gives m̂/(√v̂ + ε) + λ p; decoupled decay λ leaves out vectors and
 other 1-D tensors by default, since decaying a magnitude or a VeRA vector shrinks the layer or the whole adapter. State: two
-numbers per trained number. Equal to `torch.optim.AdamW` and `torch.optim.SGD` to rounding.
+numbers per trained number. Equal to `torch.optim.AdamW` and `torch.optim.SGD` to rounding. With `bits=8` both means are kept in
+torchao's blockwise codes (see `eight_bit`), a quarter of the bytes, and equal `torchao.optim.AdamW8bit`.
 
 Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2017, arXiv:1711.05101.
 """
@@ -10,13 +11,18 @@ Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2017, arXiv:1711.0510
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import register
+from rankwise.core.sharding import local_as, local_part
 from rankwise.core.step import MOMENTS, Block, State, Step
+from rankwise.steps import eight_bit
+
+MEANS = ("exp_avg", "exp_avg_sq")
 
 
 @register("step")
@@ -26,6 +32,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decay_vectors: bool = False,
+    bits: int = 32,
 ) -> Step:
     """AdamW.
 
@@ -34,6 +41,10 @@ def adamw(
         eps: added to √v̂.
         weight_decay: λ, decoupled.
         decay_vectors: decay 1-D tensors as well.
+        bits: 32 keeps the means in the dtype of the tensor, 8 in codes of one byte where a tensor has 4096 numbers or more.
+
+    Raises:
+        ArgumentError: a number out of range, or 8 bits without torchao.
     """
     first, second = betas
     if not (0.0 <= first < 1.0 and 0.0 <= second < 1.0 and eps >= 0.0 and weight_decay >= 0.0):
@@ -41,19 +52,31 @@ def adamw(
             f"adamw needs betas in [0, 1), eps >= 0 and weight_decay >= 0, not betas={betas}, eps={eps}, "
             f"weight_decay={weight_decay}"
         )
+    if bits not in (8, 32):
+        raise ArgumentError(f"adamw keeps its means in bits=32 or bits=8, not {bits}")
+    if bits == 8:
+        eight_bit.require_torchao()
 
     def init(block: Block) -> State:
-        return {
-            role: {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(tensor, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(tensor, memory_format=torch.preserve_format),
-            }
-            for role, tensor in block.items()
-        }
+        state: State = {}
+        for role, tensor in block.items():
+            state[role] = {"step": torch.zeros((), dtype=torch.float32)}
+            for name in MEANS:
+                state[role].update(eight_bit.zeros(name, tensor) if bits == 8 else eight_bit.plain_zeros(name, tensor))
+        return state
 
     def update(gradients: Block, state: State, parameters: Block) -> Block:
-        return {role: _direction(gradients[role], state[role], parameters[role]) for role in gradients}
+        return {role: _in_bits(gradients[role], state[role], parameters[role]) for role in gradients}
+
+    def _in_bits(gradient: Tensor, kept: dict[str, Tensor], parameter: Tensor) -> Tensor:
+        if "exp_avg_codes" not in kept:
+            return _direction(gradient, kept, parameter)
+        # The direction is made from the means before they are rounded to codes again.
+        means = {name: cast(Tensor, eight_bit.read(kept, name)) for name in MEANS}
+        direction = _direction(local_part(gradient), {**kept, **means}, local_part(parameter))
+        for name, value in means.items():
+            eight_bit.write(kept, name, value)
+        return local_as(direction, gradient)
 
     def _direction(gradient: Tensor, kept: dict[str, Tensor], parameter: Tensor) -> Tensor:
         kept["step"] += 1
@@ -70,8 +93,9 @@ def adamw(
         return direction
 
     def rescaled(kept: dict[str, Tensor], factor: Tensor) -> None:
-        kept["exp_avg"].div_(factor)  # p -> c p makes g -> g / c
-        kept["exp_avg_sq"].div_(factor * factor)
+        means = (f"{name}_scale" if f"{name}_scale" in kept else name for name in MEANS)
+        for name, divisor in zip(means, (factor, factor * factor), strict=True):
+            kept[name].div_(divisor)  # p -> c p makes g -> g / c
 
     return Step(init, update, "adamw", MOMENTS, rescaled=rescaled)
 

@@ -1,80 +1,41 @@
 """One gradient projector: any step that makes updates, run inside a small subspace of a trained matrix's gradient.
 
-A weight (m, n) keeps bases with orthonormal columns or rows, P (m, r) on the left and/or Q (r, n) on the right:
+A weight (m, n) has bases, P (m, r) on the left and/or Q (r, n) on the right:
 
     R = Pᵀ G  |  G Qᵀ  |  Pᵀ G Qᵀ      the inner step sees R and keeps its moments in R's shape: N
     direction = scale · (P N  |  N Q  |  P N Q) + limited residual + decay · W
 
-Published methods differ in five choices, each a function here: the side (`side_of`), where the basis comes from (`Basis`),
-what becomes of the moments when it changes (`Transport`), what is done with the gradient outside the subspace (`Residual`)
-and how its growth is held (`Limiter`). State of one matrix: its bases, the inner step's state, one counter, whatever the
-choices keep. Tensors that are no matrix are given to the inner step as they are.
+Published methods differ in their choices, each a function: the side (`side_of`), where the basis comes from and whether it is
+kept (`Basis`), when it is renewed (`refresh`), what becomes of the moments then (`Transport`), how it drifts after a step
+(`Drift`), what is done with the gradient outside the subspace (`Residual`), how the growth of that is held (`Limiter`), and
+what is corrected in the end (`Correction`). State of one matrix: its bases, the inner step's state, one counter, a seed where
+something is drawn, whatever the choices keep; all in at least float32. What is trained beside the weight is given to the inner
+step as it is. A matrix that is sharded over devices is gathered, and every device does the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
-from rankwise.core.step import MOMENTS, Block, State, Step
+from rankwise.core.piece import Piece, piece
+from rankwise.core.sharding import is_sharded, sharded_like, whole
+from rankwise.core.step import MOMENTS, Block, State, Step, site_name_of
+from rankwise.steps.bases import Basis, Kept, svd_basis
 from rankwise.steps.grams import at_least_single
+from rankwise.steps.growth import Limiter, no_limit
+from rankwise.steps.moments import adamw
+from rankwise.steps.projection import SIDES, Projection, side_of
+from rankwise.steps.random_projection import derived_seed
 
-SIDES = ("std", "reverse_std", "left", "right", "full")
 INNER = "inner."  # prefix of the inner step's state
-Kept = dict[str, Tensor]  # the state of one matrix
-
-
-class Projection(NamedTuple):
-    """The bases in use: P (m, r) with orthonormal columns, Q (r, n) with orthonormal rows; None where a side is whole."""
-
-    P: Tensor | None
-    Q: Tensor | None
-
-    def down(self, matrix: Tensor) -> Tensor:
-        """(m, n) -> the small shape."""
-        small = matrix if self.P is None else self.P.mT @ matrix
-        return small if self.Q is None else small @ self.Q.mT
-
-    def up(self, small: Tensor) -> Tensor:
-        """The small shape -> (m, n)."""
-        matrix = small if self.P is None else self.P @ small
-        return matrix if self.Q is None else matrix @ self.Q
-
-
-Basis = Callable[[Tensor, int, str, Kept], Projection]  # (gradient (m, n), rank, side, state) -> new bases
 Transport = Callable[[Kept, Projection, Projection], None]  # (state, old, new): moves the inner state over, in place
 Residual = Callable[[Tensor, Tensor, Tensor, Projection], Tensor | None]  # (G, R, N, bases) -> direction outside, (m, n)
-Limiter = Callable[[Tensor, Kept], Tensor]  # (residual direction, state) -> the same, held back
-
-
-def side_of(rule: str, m: int, n: int) -> str:
-    """The side a rule projects an (m, n) matrix on: "left", "right" or "full". "std" shortens the shorter dimension."""
-    if rule == "std":
-        return "right" if m >= n else "left"
-    if rule == "reverse_std":
-        return "left" if m >= n else "right"
-    return rule
-
-
-def svd_basis(gradient: Tensor, rank: int, side: str, kept: Kept) -> Projection:
-    """The leading singular vectors of the gradient of this very step, in at least float32.
-
-    Their signs are arbitrary and moments outlive a change of basis, so each vector's largest entry is made positive: the
-    result then depends neither on the linear algebra library nor on whether W or Wᵀ is trained.
-    """
-    U, _, Vh = torch.linalg.svd(at_least_single(gradient), full_matrices=False)
-    P = _signed(U[:, :rank].mT).mT.contiguous() if side in ("left", "full") else None  # (m, r)
-    Q = _signed(Vh[:rank]).contiguous() if side in ("right", "full") else None  # (r, n)
-    return Projection(P, Q)
-
-
-def _signed(rows: Tensor) -> Tensor:
-    """The rows (r, k), each with its largest entry positive."""
-    return rows * torch.gather(rows, 1, rows.abs().argmax(dim=1, keepdim=True)).sign()
+Correction = Callable[[Tensor, Tensor, Projection, Kept], Tensor]  # (direction, G, bases, state) -> direction
+Drift = Callable[[Tensor, Projection, Kept, Block], None]  # (G, bases, state, parameters): moves the bases in the state
 
 
 def keep_moments(kept: Kept, old: Projection, new: Projection) -> None:
@@ -86,9 +47,26 @@ def no_residual(G: Tensor, R: Tensor, N: Tensor, projection: Projection) -> Tens
     return None
 
 
-def no_limit(residual: Tensor, kept: Kept) -> Tensor:
-    """Lets the residual grow as it will."""
-    return residual
+def inner_steps(name: str, inner: Piece | None, weight_decay: float) -> tuple[Step, Step]:
+    """The step to run in the subspace, and the same with decay for blocks without a `weight` role.
+
+    Args:
+        name: of the method, for messages.
+        inner: a piece that makes an update; None means AdamW.
+        weight_decay: of the method.
+
+    Raises:
+        ArgumentError: `inner` makes no update, or has a decay, which in the subspace would have no weight to act on.
+    """
+    within = adamw() if inner is None else inner.build()
+    if within.stage != MOMENTS or within.roles:
+        raise ArgumentError(f"{name}: inner is a step that makes the update of any tensor (adamw, sgd), not {within.name!r}")
+    if inner is not None and inner.arguments.get("weight_decay"):
+        raise ArgumentError(f"{name}: inner sees only the projected gradient; give weight_decay to {name} itself")
+    outside = piece(adamw) if inner is None else inner
+    if weight_decay:
+        outside = Piece(outside.shelf, outside.name, {**outside.arguments, "weight_decay": weight_decay})
+    return within, outside.build()
 
 
 def projected(
@@ -96,15 +74,19 @@ def projected(
     name: str,
     inner: Step,
     rank: int,
-    scale: float,
-    refresh: int,
+    scale: float | None,
+    refresh: int | None,
     side: str = "std",
     weight_decay: float = 0.0,
     basis: Basis = svd_basis,
+    stored: bool = True,
     transport: Transport = keep_moments,
     residual: Residual = no_residual,
     limiter: Limiter = no_limit,
+    correction: Correction | None = None,
+    drift: Drift | None = None,
     plain: Step | None = None,
+    seed: int | None = None,
 ) -> Step:
     """A step of stage "moments" that runs `inner` in the subspace; for blocks with a trained `weight`.
 
@@ -112,71 +94,101 @@ def projected(
         name: for messages and the state's names.
         inner: what makes the update from the small gradient; must not decay, since it never sees the weight.
         rank: r.
-        scale: factor of the direction inside the subspace.
-        refresh: a new basis at steps 0, refresh, 2·refresh, …
+        scale: factor of the direction inside the subspace; None: it is used by the residual only.
+        refresh: a new basis at steps 0, refresh, 2·refresh, …; None: only at step 0.
         side: one of `SIDES`.
         weight_decay: decoupled, of the whole matrix.
         basis: where the basis comes from.
-        transport: what becomes of the moments when it changes.
+        stored: whether the bases are kept; if not, `basis` is asked at every step and there is no transport.
+        transport: what becomes of the moments when the basis changes.
         residual: what is done with the gradient outside.
         limiter: how the growth of that part is held.
+        correction: has the last word on the direction.
+        drift: moves the bases after a step.
         plain: for blocks without a `weight` role.
+        seed: if given, each matrix has its own "seed" in its state, made of this, the site's name and the role.
 
     Raises:
         ArgumentError: an unknown side, a number out of range, or (when training starts) a rank larger than the matrix.
     """
     if side not in SIDES:
         raise ArgumentError(f"{name}: side is one of {', '.join(SIDES)}, not {side!r}")
-    if rank < 1 or refresh < 1 or weight_decay < 0.0:
+    if rank < 1 or (refresh is not None and refresh < 1) or weight_decay < 0.0:
         raise ArgumentError(
             f"{name} needs rank >= 1, refresh >= 1 and weight_decay >= 0, not rank={rank}, refresh={refresh}, "
             f"weight_decay={weight_decay}"
         )
 
+    def projects(role: str, tensor: Tensor) -> bool:
+        return role == "weight" and tensor.dim() == 2
+
     def init(block: Block) -> State:
         state: State = {}
         for role, tensor in block.items():
-            small = tensor if tensor.dim() != 2 else tensor.new_zeros(_small_shape(tensor, rank, side, name))
+            small = _small(tensor, rank, side, name) if projects(role, tensor) else tensor
             kept = {f"{INNER}{key}": value for key, value in inner.init({role: small})[role].items()}
-            state[role] = kept | ({"step": torch.zeros((), dtype=torch.float32)} if tensor.dim() == 2 else {})
+            if projects(role, tensor):
+                kept["step"] = torch.zeros((), dtype=torch.float32)
+                if seed is not None:
+                    kept["seed"] = torch.tensor(derived_seed(seed, site_name_of(block), role))
+            state[role] = kept
         return state
 
     def update(gradients: Block, state: State, parameters: Block) -> Block:
         directions: dict[str, Tensor] = {}
         for role, gradient in gradients.items():
             kept = state[role]
-            if gradient.dim() == 2:
-                direction = inside(role, at_least_single(gradient), kept)
+            if projects(role, gradient):
+                direction = inside(role, at_least_single(whole(gradient)), kept, parameters)
+                direction = sharded_like(direction, gradient) if is_sharded(gradient) else direction
             else:
-                direction = run_inner(role, gradient, kept)
+                direction = run_inner(inner, role, gradient, kept)
             decays = weight_decay and parameters[role].dim() > 1
             directions[role] = direction.add(parameters[role], alpha=weight_decay) if decays else direction
         return directions
 
-    def inside(role: str, G: Tensor, kept: Kept) -> Tensor:
-        if int(kept["step"]) % refresh == 0:
-            old, new = Projection(kept.get("P"), kept.get("Q")), basis(G, rank, side_of(side, *G.shape), kept)
-            if old != Projection(None, None):
-                transport(kept, old, new)
-            kept.update({key: value for key, value in new._asdict().items() if value is not None})
+    def inside(role: str, G: Tensor, kept: Kept, parameters: Block) -> Tensor:
+        projection = bases(G, kept)
         kept["step"] += 1
-        projection = Projection(kept.get("P"), kept.get("Q"))
         R = projection.down(G)  # (r, n), (m, r) or (r, r)
-        N = run_inner(role, R, kept)
+        N = run_inner(inner, role, R, kept)
         outside = residual(G, R, N, projection)
-        direction = projection.up(N).mul_(scale)  # (m, n)
-        return direction if outside is None else direction.add_(limiter(outside, kept))
-
-    def run_inner(role: str, gradient: Tensor, kept: Kept) -> Tensor:
-        part = {key[len(INNER) :]: value for key, value in kept.items() if key.startswith(INNER)}
-        direction = inner.update({role: gradient}, {role: part}, {role: gradient})[role]
-        kept.update({f"{INNER}{key}": value for key, value in part.items()})
+        if scale is None:
+            direction = torch.zeros_like(G) if outside is None else limiter(outside, kept)
+        else:
+            direction = projection.up(N).mul_(scale)  # (m, n)
+            direction = direction if outside is None else direction.add_(limiter(outside, kept))
+        if correction is not None:
+            direction = correction(direction, G, projection, kept)
+        if drift is not None:
+            drift(G, projection, kept, parameters)
         return direction
+
+    def bases(G: Tensor, kept: Kept) -> Projection:
+        count = int(kept["step"])
+        if not stored:
+            return basis(G, rank, side_of(side, *G.shape), kept)
+        old = Projection(kept.get("P"), kept.get("Q"))
+        if count % refresh if refresh is not None else count:
+            return old
+        new = basis(G, rank, side_of(side, *G.shape), kept)
+        if old != Projection(None, None):
+            transport(kept, old, new)
+        kept.update({key: value for key, value in new._asdict().items() if value is not None})
+        return new
 
     return Step(init, update, name, MOMENTS, frozenset({"weight"}), plain=plain, rank=rank)
 
 
-def _small_shape(weight: Tensor, rank: int, rule: str, name: str) -> tuple[int, int]:
+def run_inner(inner: Step, role: str, gradient: Tensor, kept: Kept, prefix: str = INNER) -> Tensor:
+    """One update of the inner step, on a gradient of any shape; its state is what `kept` has under the prefix."""
+    part = {key[len(prefix) :]: value for key, value in kept.items() if key.startswith(prefix)}
+    direction = inner.update({role: gradient}, {role: part}, {role: gradient})[role]
+    kept.update({f"{prefix}{key}": value for key, value in part.items()})
+    return direction
+
+
+def _small(weight: Tensor, rank: int, rule: str, name: str) -> Tensor:
     m, n = weight.shape
     if rank > min(m, n):
         raise ArgumentError(
@@ -184,4 +196,5 @@ def _small_shape(weight: Tensor, rank: int, rule: str, name: str) -> tuple[int, 
             "layer out with where="
         )
     side = side_of(rule, m, n)
-    return (rank if side in ("left", "full") else m, rank if side in ("right", "full") else n)
+    shape = (rank if side in ("left", "full") else m, rank if side in ("right", "full") else n)
+    return torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
