@@ -169,7 +169,7 @@ def bar(*, kind: str = "nbar", strength: float = 0.5, decay_steps: int | None = 
     cost="x Eᵀ: the frozen layer's FLOPs once more, one pass; 2mn random numbers per layer and step, m floats of state",
     when="For flatness with one pass, where the frozen layers are not what training waits for; bar costs far less.",
     tiny={"sigma": 0.01},
-    variants=("lora_ggpo(sigma=0.01, variant='kohya')",),
+    variants=("lora_ggpo(sigma=0.01, beta=0.0001, variant='kohya')",),
 )
 def lora_ggpo(*, sigma: float = 0.03, beta: float = 0.01, variant: str = "paper", seed: int = 0) -> Recipe:
     """Trains under random noise on the whole weight, larger on rows where weight and gradient are large."""

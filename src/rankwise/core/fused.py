@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rankwise.core.errors import TrainingError
+from rankwise.core.transforms import transformed
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -25,8 +25,7 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transformed()
         or type(x) is not Tensor
     )
 

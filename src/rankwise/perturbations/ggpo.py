@@ -9,8 +9,8 @@
 E is the same for a whole step (all micro-batches, layers that gradient checkpointing runs again), another in the next; it is
 drawn from (seed, process, site, step), and once more in backward, so that nothing of its size is kept. Data-parallel processes
 draw different noise on purpose. Norms come from r x r Grams. β = 0 is random perturbation (Flat-LoRA); σ = 0 is plain LoRA to
-the bit. It is no second pass and no penalty. Any parameterization with W' = W + an update of low rank takes part; for those
-that are not a plain B A, Ĝ is the change of the update along all gradients (forward mode). A frozen factor has no gradient.
+the bit. It is no second pass and no penalty. For updates of low rank that are not a plain B A (gates, blocks), Ĝ is their change
+along all gradients, by forward-mode differentiation. A frozen factor has no gradient.
 
 Trained numbers and export: those of the parameterization. State: m numbers per layer. Cost: one forward and backward, in which
 x Eᵀ and its transpose take as many FLOPs as the frozen layer's, and 2mn random numbers per layer and step.
@@ -24,7 +24,7 @@ Chang, Guo, Chang, Wu: LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class GradientGuidedNoise(Perturbation):
         variant: "paper" or "kohya".
         seed: of the noise.
     """
+
+    roles: ClassVar[frozenset[str]] = frozenset({"A", "B"})
 
     def __init__(self, *, sigma: float = 0.03, beta: float = 0.01, variant: str = "paper", seed: int = 0) -> None:
         if variant not in VARIANTS:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rankwise.core.layouts import Layout, LinearLayout
 from rankwise.core.operators import Operator, compute_dtype
 from rankwise.core.randomness import generator_for
+from rankwise.core.transforms import transformed
 
 Draw = Callable[[torch.dtype], Tensor]  # dtype -> E
 
@@ -62,7 +63,7 @@ class Noisy(Operator):
 def _added(y: Tensor, x: Tensor, noise: Draw, layout: Layout) -> Tensor:
     """Y + E x, outside of a compiled graph, which cannot capture a private generator."""
     dtype = compute_dtype(x, y.dtype)
-    if not x.is_floating_point() or torch._C._are_functorch_transforms_active():
+    if not x.is_floating_point() or transformed():
         return y + layout.matrix(x, noise(dtype)).to(y.dtype)
     return y + _Forward.apply(x.to(dtype), noise, layout).to(y.dtype)
 
