@@ -107,7 +107,8 @@ def subjects() -> list[Subject]:
         if kept.shelf == "procedure" and "parameterization" not in kept.make(**kept.tiny).own:
             continue
         found.append(Subject(slug, kept.make(**kept.tiny)))
-        found += [Subject(text.replace("'", ""), rankwise.compose(text)) for text in kept.variants]
+        if kept.shelf == "parameterization":
+            found += [Subject(text.replace("'", ""), rankwise.compose(text)) for text in kept.variants]
     return found
 
 

@@ -207,6 +207,8 @@ class Handle:
                 continue
             for site, decision in part.decide(self.step_count, self.blocks(), learning_rate=self.learning_rate).items():
                 carry_out(self, site, decision, self._optimizer)
+        if self.procedure is not None:
+            self.procedure.after_step(self.step_count, self.plain_blocks())
         if self.perturbation is not None:
             self.perturbation.advance()
         self.step_count += 1

@@ -210,6 +210,9 @@ class Procedure(ABC):
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (most add nothing)
         """After backward: may add the gradient of a regularizer to `.grad`."""
 
+    def after_step(self, step: int, beside: Mapping[str, Block]) -> None:  # noqa: B027  (most leave those alone)
+        """After the optimizer's step, with the tensors that are trained whole beside the adapter."""
+
     def between(self, step: int, blocks: Mapping[str, Block], *, learning_rate: float) -> Mapping[str, Decision]:
         """With `second_pass`: after the first backward, its gradients still there. They are taken again afterwards."""
         return {}
