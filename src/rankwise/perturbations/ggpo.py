@@ -9,7 +9,7 @@
 E is the same for a whole step (all micro-batches, layers that gradient checkpointing runs again), another in the next; it is
 drawn from (seed, process, site, step), and once more in backward, so that nothing of its size is kept. Data-parallel processes
 draw different noise on purpose. Norms come from r x r Grams. β = 0 is random perturbation (Flat-LoRA); σ = 0 is plain LoRA to
-the bit. It is no second pass and no penalty. For updates of low rank that are not a plain B A (gates, blocks), Ĝ is their change
+the bit. It is no second pass and no penalty. Of updates of low rank that are not a plain B A (gates, blocks), Ĝ is the change
 along all gradients, by forward-mode differentiation. A frozen factor has no gradient.
 
 Trained numbers and export: those of the parameterization. State: m numbers per layer. Cost: one forward and backward, in which
