@@ -161,6 +161,12 @@ def _row_norms(operator: Operator) -> Tensor:
     return root(torch.add(square, (half * B).sum(1), alpha=2))
 
 
+def square_row_norms(operator: Operator) -> Tensor:
+    """(m,) squares of the norms of the rows, in at least float32; those of a frozen layer are kept on it."""
+    matrix = wide(operator.dense())
+    return _square_row_norms(operator, matrix) if isinstance(operator, Base) else matrix.square().sum(1)
+
+
 def column_norms(operator: Operator) -> Tensor:
     """(n,) norms of the columns, in at least float32, by the same identity on the transposed factors."""
     with full_precision():

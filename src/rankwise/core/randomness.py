@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.errors import TrainingError
+from rankwise.core.transforms import transformed
 
 _REMEMBERED = 4096  # mask calls kept for recomputation: layers × micro-batches between a forward and its backward
 
@@ -66,7 +67,7 @@ class MaskStream:
         `key` changes with whatever the tensor is made of. Graphs that share it may be run backward one after the other
         (checkpointed regions, two losses), so its node must save no tensors. Compiled graphs and torch.func share nothing.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or transformed():
             return make()
         mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         kept = self._kept.get(mode)
@@ -243,7 +244,7 @@ class _Thinned(torch.autograd.Function):
 
 
 def _thinned(x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-    return x * draw() if torch._C._are_functorch_transforms_active() else _Thinned.apply(x, draw)
+    return x * draw() if transformed() else _Thinned.apply(x, draw)
 
 
 def _probe(x: Tensor) -> float:
