@@ -74,7 +74,7 @@ def page(found: Runs, draws: Draws, command: str, seconds: float) -> str:
     machine = f"{platform.machine()}; Python {platform.python_version()}, torch {version('torch')}"
     return f"""# Factor steps as solvers
 
-Made by `{command}` in {seconds:.0f} s, one thread, on {machine}.
+Made by `{command}` in {seconds:.0f} s of one core, on {machine}.
 
 Every step of the catalog that moves B and A, as a solver of problems whose answer M* is known: a matrix seen whole, through
 Gaussian measurements, and in some of its entries. M* has rank r* and singular values from 1 down to 1/κ. The factors have
@@ -88,12 +88,13 @@ rank r* or, as if it were not known, 2 r*; they begin as LoRA does, A Gaussian a
 is flat in κ: the same number in the three columns, whatever the rank. Gradient descent is not: its iterations grow with κ,
 since the smallest direction of M* is learned at a rate proportional to its size. RefLoRA preconditions too, but only balances
 B against A, so what it descends on is still the square of the factors. Compressed gradients (ConEF) follow their SGD with a
-delay. Completion from half of the entries is another matter: an undamped preconditioner moves fast along directions that the
-seen entries hardly determine. At κ = 100, or with more rank than M* has, it then ends at another matrix, where plain gradient
-descent with more iterations may still find M*.
+delay; weight decay moves the answer itself. Completion from half of the entries is another matter: a preconditioner that is
+hardly damped (1e-6) moves as fast along what the seen entries hardly determine, and at κ = 100, or with more rank than M* has,
+it ends elsewhere. Damping by the smallest singular value mends the first and not the second; there gradient descent, slow as
+it is, gets further.
 
 {chr(10).join(tables)}
-How many of {DRAWN} such completion problems are solved to {GOAL:g} within {LIMIT} iterations:
+How many of {DRAWN} such completion problems are solved to {GOAL:g} within {LIMIT} iterations, at the best of three rates:
 
 {_drawn(draws)}
 
