@@ -23,13 +23,16 @@ RECIPES = {
     "dora": "dora(rank=3) + sgd(momentum=0.9)",
     "vera": "vera(rank=6) + sgd(momentum=0.9)",
     "tied_lora": "tied_lora(rank=4) + sgd(momentum=0.9)",
+    "conef": "lora(rank=4) + conef(compressor='powersgd', start=1) + sgd(momentum=0.9)",
+    "flora_grad": "full + flora_grad(rank=4, interval=2)",
     "intrinsic_dimension": "intrinsic_dimension(dimension=20) + sgd(momentum=0.9)",
     "infosam": "lora(rank=4) + presam(direction='noise', metric='weights') + sgd(momentum=0.9)",
     "vasso": "lora(rank=4) + vasso(theta=0.4) + sgd(momentum=0.9)",
     "fira": "full + fira(rank=4, refresh=2)",
+    "trp": "trp(interval=2, fraction=0.5, nuclear=0.01) + sgd(momentum=0.9)",
     "apollo": "full + apollo(rank=4, refresh=2)",
 }
-STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "fira": 1e-2, "apollo": 1e-2}
+STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "flora_grad": 1e-2, "fira": 1e-2, "apollo": 1e-2}
 
 
 def batch(step: int) -> Tensor:

@@ -294,7 +294,7 @@ def test_two_layers_cut_the_batch_alike() -> None:
     handle = rankwise.adapt_(
         model, rankwise.compose(rankwise.catalog.lte(rank=2, heads=2, alpha=4.0, interval=50), "sgd"), seed=1
     )
-    optimizer = handle.optimizer(0.05)
+    optimizer = handle.optimizer(0.005)  # ten times more diverges: the first loss is 111
     model.train()
     for t in range(4):
         one_step(model, handle, optimizer, normal(t, 8, N), lambda y: (y - 1).square().mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -95,9 +96,22 @@ def resize(entry: Parameterization, keep: Tensor, optimizer: BlockOptimizer | No
             if optimizer is not None:
                 _replace(optimizer, tensor, smaller, dimension, kept)
         setattr(entry.get_submodule(owner_name), role, smaller)
+    if optimizer is not None:
+        _warn_of_wrappers()
     for module in entry.modules():
         if isinstance(module, Parameterization) and module.rank == keep.numel():
             module.rank = int(kept.numel())
+
+
+def _warn_of_wrappers() -> None:
+    """With several processes: tensors that are new are unknown to what averages gradients, and would drift apart."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn(
+            "trained tensors were replaced by others, which DistributedDataParallel does not know and would not average; wrap "
+            "handle.model again before the next forward",
+            stacklevel=2,
+        )
 
 
 def _replace(optimizer: BlockOptimizer, old: nn.Parameter, new: nn.Parameter, dimension: int, kept: Tensor) -> None:
@@ -149,6 +163,8 @@ def renew(
         return
     after = entry.roles()
     optimizer.exchange(site, before, after)
+    if before.keys() != after.keys() or any(after[role] is not tensor for role, tensor in before.items()):
+        _warn_of_wrappers()
     for role, transport in changed.items():
         if role not in after:
             continue

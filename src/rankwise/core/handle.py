@@ -64,7 +64,7 @@ class Handle:
         second = [part.second_pass for part in (self.perturbation, self.procedure) if part is not None]
         masks.recording = any(second)
         if self.procedure is not None:
-            self.procedure.begin({site: target.mode_shape() for site, target in self.targets.items()})
+            self.apply_(self.procedure.begin({site: target.mode_shape() for site, target in self.targets.items()}) or {})
         if self.perturbation is not None:
             for site in self.targets:
                 self.parameterization(site).around = self.perturbation.around(site)
@@ -207,6 +207,8 @@ class Handle:
                 continue
             for site, decision in part.decide(self.step_count, self.blocks(), learning_rate=self.learning_rate).items():
                 carry_out(self, site, decision, self._optimizer)
+        if self.procedure is not None:
+            self.procedure.after_step(self.step_count, self.plain_blocks())
         if self.perturbation is not None:
             self.perturbation.advance()
         self.step_count += 1

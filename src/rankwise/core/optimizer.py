@@ -63,26 +63,30 @@ class BlockOptimizer(torch.optim.Optimizer):
         return loss
 
     def exchange(self, site: str, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:
-        """Puts the new tensors of a site where the old ones were; those that are new have no state yet."""
+        """Puts the new tensors of a site in the old ones' places, in the order in which a new optimizer would have them.
+
+        State is stored by place. Tensors that are new have no state yet.
+        """
         if old.keys() == new.keys() and all(new[role] is tensor for role, tensor in old.items()):
             return
+        added = {role: tensor for role, tensor in new.items() if tensor.requires_grad and old.get(role) is not tensor}
         for group in self.param_groups:
-            if not any(tensor is kept for tensor in old.values() for kept in group["params"]):
+            pairs = [*zip(group["param_names"], group["params"], strict=True)]
+            mine = [index for index, (_, tensor) in enumerate(pairs) if any(tensor is other for other in old.values())]
+            if not mine:
                 continue
-            gone = [tensor for role, tensor in old.items() if new.get(role) is not tensor]
-            fresh = {role: tensor for role, tensor in new.items() if old.get(role) is not tensor and tensor.requires_grad}
-            pairs = [
-                (name, tensor)
-                for name, tensor in zip(group["param_names"], group["params"], strict=True)
-                if not any(tensor is other for other in gone)
-            ]
-            pairs += [(f"{site}.{role}", tensor) for role, tensor in fresh.items()]
-            group["param_names"], group["params"] = [name for name, _ in pairs], [tensor for _, tensor in pairs]
-            for tensor in gone:
-                self.state.pop(tensor, None)
+            there = [pairs[index][1] for index in mine]
+            kept = {role: tensor for role, tensor in new.items() if any(tensor is other for other in there)}
+            others = [pair for index, pair in enumerate(pairs) if index not in mine]
+            others[mine[0] : mine[0]] = [(f"{site}.{role}", new[role]) for role in new if role in kept or role in added]
+            group["param_names"], group["params"] = [name for name, _ in others], [tensor for _, tensor in others]
+            for tensor in there:
+                if not any(tensor is other for other in kept.values()):
+                    self.state.pop(tensor, None)
             if self.per_layer:
-                for tensor in fresh.values():
+                for tensor in added.values():
                     self._step_in_backward(group, tensor)
+            added = {}
 
     def _moving(self) -> Iterator[tuple[dict[str, Any], SiteBlock]]:
         """Every block that has a gradient, with its group."""

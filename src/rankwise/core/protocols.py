@@ -195,11 +195,15 @@ class Procedure(ABC):
     renews: ClassVar[frozenset[str]] = frozenset()
     second_pass: bool = False
 
-    def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> None:  # noqa: B027  (most need no shapes)
-        """Called once, with the shape (out, in, kernel…) of every site."""
+    def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Decision] | None:
+        """Called once, with the shape (out, in, kernel…) of every site; what it decides is carried out at once."""
+        return None
 
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (most add nothing)
         """After backward: may add the gradient of a regularizer to `.grad`."""
+
+    def after_step(self, step: int, beside: Mapping[str, Block]) -> None:  # noqa: B027  (most leave those alone)
+        """After the optimizer's step, with the tensors that are trained whole beside the adapter."""
 
     def between(self, step: int, blocks: Mapping[str, Block], *, learning_rate: float) -> Mapping[str, Decision]:
         """With `second_pass`: after the first backward, its gradients still there. They are taken again afterwards."""

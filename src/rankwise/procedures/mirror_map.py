@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class MirrorMap(nn.Module):
         pairs = []
         for k, part in zip(indices, parts, strict=True):
             features = self.decoders[k - first](part.reshape(self.levels[k][-1]))
-            scale, shift = (output(features).reshape(self.shapes[k]) for output in self.outputs[k - first])
+            scale, shift = (output(features).reshape(self.shapes[k]) for output in cast(Any, self.outputs[k - first]))
             pairs.append((scale.clamp(-LIMIT, LIMIT), shift))
         return pairs
 
