@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 import rankwise
 from rankwise.core.errors import ArgumentError, RecipeError, TrainingError
 from rankwise.core.protocols import Renew
+from rankwise.core.stored import read_stored
 from rankwise.parameterizations.integrator import fewest
 from tests.procedures.quadratic import Quadratic, assert_orthonormal, drawn, of_rank, train
 
@@ -213,7 +216,7 @@ def test_bases_freeze_when_asked_to() -> None:
     assert torch.equal(problem.entry.U, U) and len(forwards) == 9 and losses[-1] < losses[0]
 
 
-def test_beside_a_weight_it_starts_at_it_and_is_exact_to_export() -> None:
+def test_beside_a_weight_it_starts_at_it_and_is_exact_to_export(tmp_path: Path) -> None:
     problem = Quadratic("dlrt(rank=2, tolerance=0.01, keep_base=True)", drawn(0, 8, 7), lr=0.3)
     base = problem.model[0].weight.detach()
     torch.testing.assert_close(problem.matrix(), base, rtol=0, atol=1e-15)
@@ -222,6 +225,8 @@ def test_beside_a_weight_it_starts_at_it_and_is_exact_to_export() -> None:
     pair = problem.handle.low_rank_of("0")
     assert pair is not None and pair.rank == problem.entry.active
     torch.testing.assert_close(pair.dense() + base, problem.matrix(), rtol=1e-12, atol=1e-12)
+    stored = read_stored(problem.handle.save(tmp_path / "a")).update("0")  # without the model, at the present rank
+    torch.testing.assert_close(stored.dense(), pair.dense(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

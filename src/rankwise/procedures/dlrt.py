@@ -2,19 +2,21 @@
 
     K, L  K₁ = U S - η G V,  L₁ = V Sᵀ - η Gᵀ U        G = dL/dW at W, never formed; U (m, r), S (r, r), V (n, r)
     bases U₁ = orth [U | K₁] (m, 2r),  V₁ = orth [V | L₁] (n, 2r);   S~ = (U₁ᵀ U) S (Vᵀ V₁), so that U₁ S~ V₁ᵀ = W
-    S     S₁ = S~ - η dL/dS at (U₁, S~, V₁): the gradient is taken a second time, and biases and heads move here too
+    S     S₁ = S~ - η dL/dS at (U₁, S~, V₁): the gradient is taken a second time, and heads move here too
     cut   S₁ = P diag(d) Qᵀ;  r' = the fewest with ‖d_{r'+1…}‖ <= tolerance ‖d‖ (absolute: <= tolerance);  U = U₁ P, V = V₁ Q
 
 The step of W is -η P_U G P_V with the projectors on both bases: its error does not grow with 1/σ_min as that of descent on two
 factors does, and the loss falls but for the cut. `adaptive=False` keeps r, with U₁ = orth K₁ and V₁ = orth L₁. The start is the
 SVD of the weight or random; `keep_base` trains U S Vᵀ beside the weight, from zero. Tensors are made once at the largest width,
-2R columns, so that optimizers, files and DDP never see others. Export: exact at rank r with `keep_base`, else the weight is
-replaced. Cost: two forward-backwards per step, a QR of O((m + n) r²) and an SVD of O(r³); trained 2R(m + n) + 4R² numbers.
+2R columns, so that optimizers, files and DDP never see others: give max_rank where memory is short. Export: exact at rank r
+with `keep_base`, else the weight is replaced. Cost: two forward-backwards per step, a QR of O((m + n) r²), an SVD of O(r³);
+trained 2R(m + n) + 4R² numbers.
 
 *Differs*: K and L gradients come from one backward (see `factored.py`), so that a step costs 2 forward-backwards and not 3; the
-wide basis is spanned by [U | G V], the same space as [U | K₁] at any rate and without its cancellation; S is moved by
-the recipe's step (SGD here), and its moments m follow the basis as (U₁ᵀ U) m (Vᵀ V₁). The released code swaps V₁ Q for V₁ Qᵀ.
-Not for a gradient scaler, whose gradients are off by its factor, where the rank is fixed. With `frozen_bases_after` DDP needs
+wide basis is spanned by [U | G V], the same space as [U | K₁] at any rate and without its cancellation; S is moved by the
+recipe's step (SGD here), and its moments m follow the basis as (U₁ᵀ U) m (Vᵀ V₁); biases move only under `train_also`. The
+released code swaps V₁ Q for V₁ Qᵀ. Moments of eight bits and sketches cannot follow, and begin anew in every step. At a fixed
+rank not for a gradient scaler, whose factor the K and L steps would take. With `frozen_bases_after` DDP needs
 find_unused_parameters=True from there on.
 
 Schotthöfer, Zangrando, Kusch, Ceruti, Tudisco: Low-rank lottery tickets: finding efficient low-rank neural networks via matrix
