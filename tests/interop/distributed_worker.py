@@ -28,11 +28,20 @@ RECIPES = {
     "intrinsic_dimension": "intrinsic_dimension(dimension=20) + sgd(momentum=0.9)",
     "infosam": "lora(rank=4) + presam(direction='noise', metric='weights') + sgd(momentum=0.9)",
     "vasso": "lora(rank=4) + vasso(theta=0.4) + sgd(momentum=0.9)",
+    "zeroth_order": "lora(rank=4) + zeroth_order(directions=4)",
+    "zeroth_order_full": "full + zeroth_order(directions=2, smoothing=0.1, distribution='sphere') + sgd(momentum=0.9)",
+    "zo_rank": "lora(rank=4) + zo_rank(candidates=4, line_search=2)",
+    "lora_ggpo": "lora(rank=4) + lora_ggpo(sigma=0.1) + sgd(momentum=0.9)",
     "fira": "full + fira(rank=4, refresh=2)",
     "trp": "trp(interval=2, fraction=0.5, nuclear=0.01) + sgd(momentum=0.9)",
     "apollo": "full + apollo(rank=4, refresh=2)",
 }
-STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "flora_grad": 1e-2, "fira": 1e-2, "apollo": 1e-2}
+OWN_NOISE = {"lora_ggpo"}  # other on every process
+STEPS, ROWS, RATE = (
+    4,
+    4,
+    {"lora_adamw": 1e-2, "zeroth_order": 0.01, "zeroth_order_full": 0.01, "flora_grad": 1e-2, "fira": 1e-2, "apollo": 1e-2},
+)
 
 
 def batch(step: int) -> Tensor:
@@ -41,7 +50,8 @@ def batch(step: int) -> Tensor:
 
 
 def make(kind: str) -> rw.Handle:
-    handle = rw.adapt_(llama(), rw.compose(RECIPES[kind]), seed=3)
+    head = ["lm_head"] if kind == "zeroth_order_full" else []  # in the root's group, which FSDP2 keeps whole after a forward
+    handle = rw.adapt_(llama(), rw.compose(RECIPES[kind]), seed=3, train_also=head)
     stir(handle.model, size=0.05)
     return handle
 
@@ -55,8 +65,11 @@ def train(handle: rw.Handle, model: nn.Module, kind: str, rank: int, world: int)
         def run(ids: Tensor = ids) -> None:
             model(input_ids=ids, labels=ids).loss.backward()
 
-        run()
-        handle.after_backward(run)
+        if handle.perturbation is not None and handle.perturbation.forward_only:
+            handle.backward(lambda ids=ids: model(input_ids=ids, labels=ids).loss)
+        else:
+            run()
+            handle.after_backward(run)
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()
@@ -64,7 +77,8 @@ def train(handle: rw.Handle, model: nn.Module, kind: str, rank: int, world: int)
 
 
 def tensors(handle: rw.Handle) -> dict[str, Tensor]:
-    found = {f"{site}.{role}": tensor for site, block in handle.blocks().items() for role, tensor in block.items()}
+    blocks = {**handle.blocks(), **handle.plain_blocks()}
+    found = {f"{site}.{role}": tensor for site, block in blocks.items() for role, tensor in block.items()}
     return {name: whole(tensor.detach()).clone().contiguous() for name, tensor in found.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -25,6 +25,13 @@ def sharded_like(plain: Tensor, reference: Tensor) -> Tensor:
 
     moved = plain.to(device=reference.device, dtype=reference.dtype)
     return distribute_tensor(moved, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of whole tensors that FSDP2 kept from a forward without backward, since the sharded ones change."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def local_part(tensor: Tensor) -> Tensor:
