@@ -243,8 +243,8 @@ def time_(row: Row, model: nn.Module, variant: Variant, reference: Training, rou
 
 def _extra(training: Training) -> float:
     """Seconds by which a refresh step is longer, where every second step is one."""
-    times = _times(training, 6)
-    return max(0.0, statistics.median(times[2::2]) - statistics.median(times[1::2]))
+    times = _times(training, 4)
+    return max(0.0, times[2] - statistics.median(times[1::2]))
 
 
 def _times(training: Training, steps: int) -> list[float]:
