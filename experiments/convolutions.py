@@ -81,7 +81,7 @@ def deploy_(handle: Handle) -> None:
     if handle.procedure is None and handle.recipe.roles == {"weight"}:
         absorb_(handle)
     else:
-        compression.deploy_(handle)  # pyright: ignore[reportAttributeAccessIssue]
+        compression.deploy_(handle)
 
 
 def numbers(model: nn.Module) -> int:

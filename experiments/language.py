@@ -104,7 +104,7 @@ def batch_at(text: Corpus, size: Size, step: int, seed: int) -> Tensor:
 def llama(size: Size, vocabulary: int, seed: int) -> nn.Module:
     """A Llama with the weights that the seed draws: transformers', but for embeddings at N(0, 1).
 
-    At transformers' 0.02 what the first layers add drowns the embeddings, and half of a short run goes by before any method that
+    At transformers' 0.02 what the first layers add drowns the embeddings, and half of a short run goes by before a method that
     starts from such layers learns more than how frequent tokens are.
     """
     from transformers import LlamaConfig, LlamaForCausalLM

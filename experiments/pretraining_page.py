@@ -40,7 +40,8 @@ class Table:
 ```
 
 A Llama of {count_text(whole)} numbers, {count_text(linear)} of them in linear layers (hidden {size.hidden},
-{size.layers} layers, intermediate {size.intermediate}, {size.heads} heads), from random weights (embeddings at N(0, 1)) on `{size.data}`:
+{size.layers} layers, intermediate {size.intermediate}, {size.heads} heads), from random weights
+(embeddings at N(0, 1)), on `{size.data}`:
 {size.steps} steps of {size.rows} rows of {size.tokens} tokens, {size.steps * size.rows * size.tokens:,} tokens for every row
 of the table, in the same order; {self.corpus.vocabulary} byte-level tokens, {self.corpus.letters:.1f} bytes of text each.
 {machine()}
