@@ -134,9 +134,8 @@ for shelf in SHELVES:
         statistics = rankwise.collect(net, [(x, y)], recipe.needs) if recipe.needs else None
         handle = rankwise.adapt_(net, recipe, statistics=statistics)
         optimizer = handle.optimizer(lr=1e-3)
-        loss = lambda: torch.nn.functional.cross_entropy(net(x), y).backward()
-        loss()
-        handle.after_backward(loss)
+        loss = lambda: torch.nn.functional.cross_entropy(net(x), y)
+        handle.backward(loss)
         optimizer.step()
         handle.after_step()
         done += 1
