@@ -23,6 +23,8 @@ RECIPES = {
     "dora": "dora(rank=3) + sgd(momentum=0.9)",
     "vera": "vera(rank=6) + sgd(momentum=0.9)",
     "tied_lora": "tied_lora(rank=4) + sgd(momentum=0.9)",
+    "conef": "lora(rank=4) + conef(compressor='powersgd', start=1) + sgd(momentum=0.9)",
+    "flora_grad": "full + flora_grad(rank=4, interval=2)",
     "intrinsic_dimension": "intrinsic_dimension(dimension=20) + sgd(momentum=0.9)",
     "infosam": "lora(rank=4) + presam(direction='noise', metric='weights') + sgd(momentum=0.9)",
     "vasso": "lora(rank=4) + vasso(theta=0.4) + sgd(momentum=0.9)",
@@ -31,10 +33,15 @@ RECIPES = {
     "zo_rank": "lora(rank=4) + zo_rank(candidates=4, line_search=2)",
     "lora_ggpo": "lora(rank=4) + lora_ggpo(sigma=0.1) + sgd(momentum=0.9)",
     "fira": "full + fira(rank=4, refresh=2)",
+    "trp": "trp(interval=2, fraction=0.5, nuclear=0.01) + sgd(momentum=0.9)",
     "apollo": "full + apollo(rank=4, refresh=2)",
 }
 OWN_NOISE = {"lora_ggpo"}  # other on every process
-STEPS, ROWS, RATE = 4, 4, {"lora_adamw": 1e-2, "zeroth_order": 0.01, "zeroth_order_full": 0.01, "fira": 1e-2, "apollo": 1e-2}
+STEPS, ROWS, RATE = (
+    4,
+    4,
+    {"lora_adamw": 1e-2, "zeroth_order": 0.01, "zeroth_order_full": 0.01, "flora_grad": 1e-2, "fira": 1e-2, "apollo": 1e-2},
+)
 
 
 def batch(step: int) -> Tensor:

@@ -204,8 +204,9 @@ class Procedure(ABC):
     renews: ClassVar[frozenset[str]] = frozenset()
     second_pass: bool = False
 
-    def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> None:  # noqa: B027  (most need no shapes)
-        """Called once, with the shape (out, in, kernel…) of every site."""
+    def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Decision] | None:
+        """Called once, with the shape (out, in, kernel…) of every site; what it decides is carried out at once."""
+        return None
 
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (most add nothing)
         """After backward: may add the gradient of a regularizer to `.grad`."""
