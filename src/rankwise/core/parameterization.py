@@ -100,6 +100,7 @@ class Facts:
         additive: W' = W + update, with an update that does not depend on W.
         starts_at_base: the first forward equals the frozen layer's.
         exact_lora_export: `as_low_rank` of the update is exact.
+        same_in_evaluation: evaluation acts with the trained tensors as they are, dropout aside.
         layouts: the layer kinds it works on.
         expected_failures: contract check -> reason.
     """
@@ -107,6 +108,7 @@ class Facts:
     additive: bool = True
     starts_at_base: bool = True
     exact_lora_export: bool = True
+    same_in_evaluation: bool = True
     layouts: frozenset[str] = ALL_LAYOUTS
     expected_failures: Mapping[str, str] = field(default_factory=dict)
 

@@ -51,10 +51,11 @@ class ParallelHeads(Additive):
     """
 
     facts = Facts(
+        same_in_evaluation=False,
         expected_failures=dict.fromkeys(
             ("training_mode_equals_eval", "merge_equals_forward", "scale_is_applied"),
             "in training the heads act as they are, in evaluation and in the update as they were at the last merge",
-        )
+        ),
     )
     merged_A: Tensor
     merged_B: Tensor

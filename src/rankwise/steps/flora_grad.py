@@ -84,15 +84,18 @@ def flora_grad(
 
     def made(compress: bool) -> Step:
         def init(block: Block) -> State:
-            return {role: started(tensor) for role, tensor in block.items()}
+            return {role: started(tensor, role) for role, tensor in block.items()}
 
-        def started(tensor: Tensor) -> Kept:
+        def compresses(tensor: Tensor, role: str) -> bool:
+            return compress and role == "weight" and tensor.dim() == 2
+
+        def started(tensor: Tensor, role: str) -> Kept:
             like = at_least_single(torch.empty(0, dtype=tensor.dtype, device=tensor.device))  # plain, however it is sharded
             kept = {"step": torch.zeros((), dtype=torch.float32)}
             if base == "adafactor":
                 kept |= second_moments(tensor, like)
             if momentum:
-                kept[MOMENTUM] = like.new_zeros(_compressed(tensor, rank) if compress else tuple(tensor.shape))
+                kept[MOMENTUM] = like.new_zeros(_compressed(tensor, rank) if compresses(tensor, role) else tuple(tensor.shape))
             return kept
 
         def update(gradients: Block, state: State, parameters: Block) -> Block:
@@ -115,7 +118,7 @@ def flora_grad(
         def remembered(U: Tensor, kept: Kept, count: int, key: str) -> Tensor:
             """What C stood for before this step; then moves C on."""
             C = kept[MOMENTUM]
-            if not compress or U.dim() != 2:
+            if not compresses(U, key.rpartition(".")[2]):
                 kept[MOMENTUM] = torch.lerp(C, U, 1.0 - momentum)
                 return C
 
@@ -139,8 +142,6 @@ def flora_grad(
 
 def _compressed(weight: Tensor, rank: int) -> tuple[int, ...]:
     """The shape of C."""
-    if weight.dim() != 2:
-        return tuple(weight.shape)
     m, n = weight.shape
     if rank > min(m, n):
         remedy = f"use rank={min(m, n)} or less, or leave the layer out with where="
