@@ -24,6 +24,7 @@ from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
 from rankwise.core.targets import Target
+from rankwise.core.wrapped import Wrapping
 
 
 class Handle:
@@ -69,6 +70,7 @@ class Handle:
             for site in self.targets:
                 self.parameterization(site).around = self.perturbation.around(site)
         self._hook = model.register_forward_pre_hook(masks.start_forward)
+        self.wrapping = Wrapping(self)
 
     # -- looking inside ------------------------------------------------------------------------------------------------
 
@@ -290,6 +292,7 @@ class Handle:
                 merge.rewrite(target)
         detach_bank(self.model, self.name)
         self._hook.remove()
+        self.wrapping.close()
         for parameter in self.auxiliary.values():
             parameter.requires_grad_(False)
         thaw(self.model)
