@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +13,10 @@ from safetensors.torch import load_file
 import rankwise as rw
 from tests.interop.distributed_recipes import KINDS, ONLY_BETWEEN_PROCESSES, PARAMETERIZATIONS, expected_refusal
 from tests.interop.distributed_worker import base_of, make, tensors, train, unwrapped
+from tests.interop.launching import on_two_processes
 
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +24,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> object:
     @cache
     def launch(mode: str) -> Path:
         folder = tmp_path_factory.mktemp(mode)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-        command += [sys.executable, "-m", "tests.interop.distributed_worker", mode, str(folder)]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        on_two_processes("tests.interop.distributed_worker", mode, str(folder))
         return folder
 
     return launch

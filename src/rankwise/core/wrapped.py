@@ -69,10 +69,11 @@ class Wrapping:
         unknown = sorted(trained[key] for key in trained.keys() - self._known.keys())
         gone = sorted(self._known[key] for key in self._known.keys() - trained.keys())
         if unknown or (gone and not wrapper.find_unused_parameters):
+            lacks, waits = shorten(unknown) or "none", shorten(gone) or "none"
             raise TrainingError(
-                f"DistributedDataParallel was made before the trained tensors were what they are now: it does not "
-                f"know of {shorten(unknown) or 'none'}, waits for {shorten(gone) or 'none'}, and the processes would go apart. Wrap "
-                "the model again whenever tensors were replaced or frozen: model = DistributedDataParallel(handle.model)"
+                "DistributedDataParallel was made before the trained tensors were what they are now: it does not know of "
+                f"{lacks}, waits for {waits}, and the processes would go apart. Wrap the model again whenever tensors were "
+                "replaced or frozen: model = DistributedDataParallel(handle.model)"
             )
         self._checked = True
 

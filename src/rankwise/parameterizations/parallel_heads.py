@@ -9,7 +9,9 @@ what the average of the products says, never the product of averages. With `rese
 and every B_h begins at zero again: the rank can then grow beyond H r. In evaluation the main weight acts alone.
 
 Where torch.distributed runs, each process holds H of H · world heads, cuts its own batch among them, and a merge gathers the
-factors of all: H r (m + n) numbers per process and merge instead of mn per step. Do not wrap the model (DDP) then.
+factors of all: H r (m + n) numbers per process and merge instead of mn per step. Do not wrap the model (DDP) then. A file holds
+the heads of the process that wrote it, and what all heads were at the last merge: a process that loads another's file begins
+with its own heads of that merge. On another number of processes the main weight can be used, but not trained on.
 
 Trained numbers H r (m + n), of one process. A head costs 4r(m + n) FLOPs per token, twice LoRA's, and the main update what is
 cheaper of its factors and a dense (m, n). Exactly a LoRA of rank min(H r, m, n).
@@ -32,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankwise.core.combinators import Sum
-from rankwise.core.errors import ArgumentError, TrainingError
+from rankwise.core.errors import ArgumentError, CheckpointError, TrainingError
 from rankwise.core.layouts import Layout, LinearLayout
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import Additive, Site
@@ -52,6 +54,7 @@ class ParallelHeads(Additive):
 
     merged_A: Tensor
     merged_B: Tensor
+    first: Tensor
 
     def __init__(self, site: Site, *, rank: int = 32, heads: int = 32, alpha: float = 4096.0) -> None:
         super().__init__()
@@ -64,6 +67,8 @@ class ParallelHeads(Additive):
         self.B_heads = nn.Parameter(torch.stack([site.zeros(site.m, rank)] * heads))  # (H, m, r)
         self.register_buffer("merged_A", torch.zeros(total, *drawn.shape[1:], dtype=drawn.dtype, device=drawn.device))
         self.register_buffer("merged_B", torch.zeros(total, site.m, rank, dtype=drawn.dtype, device=drawn.device))
+        self.register_buffer("first", torch.tensor(first))  # head of this process among all
+        self.register_load_state_dict_post_hook(_filled)
 
     @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
@@ -85,11 +90,45 @@ class ParallelHeads(Additive):
             main = Dense(main.dense())
         if not self.training:
             return Sum(base, main)
-        first = _process() * self.heads
-        own = slice(first, first + self.heads)
+        own = self._own()
         B = torch.cat([self.B_heads, -self.merged_B[own]], dim=2)  # (H, m, 2r)
         A = torch.cat([self.A_heads, self.merged_A[own]], dim=1)  # (H, 2r, n)
         return Sum(base, main, _Shares(B, A, self.scale))
+
+    def _own(self) -> slice:
+        """Where the heads of this process stand among all."""
+        if len(self.merged_A) != self.heads * _processes():
+            raise TrainingError(
+                f"this adapter was trained by {len(self.merged_A) // self.heads} processes with {self.heads} heads each, and here "
+                f"are {_processes()}; go on with as many as before, or merge_() it and train a new one on the result"
+            )
+        return slice(_process() * self.heads, (_process() + 1) * self.heads)
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name in ("merged_A", "merged_B"):
+            here = getattr(self, name)
+            if name in shapes and shapes[name] != tuple(here.shape):
+                setattr(self, name, here.new_zeros(shapes[name]))
+
+    @torch.no_grad()
+    def filled(self, weight: Tensor) -> None:
+        """Of another process's file, the heads of the last merge are taken.
+
+        Raises:
+            CheckpointError: there was no merge yet.
+        """
+        first, total = _process() * self.heads, self.heads * _processes()
+        if int(self.first) == first or len(self.merged_A) != total:
+            return
+        own = slice(first, first + self.heads)
+        if not self.merged_A[own].any():
+            raise CheckpointError(
+                f"this was saved by the process with heads {int(self.first)} and following, before a first merge, so it knows "
+                f"nothing of the heads from {first} on; save after a merge, or load in each process what it saved itself"
+            )
+        self.A_heads.copy_(self.merged_A[own])
+        self.B_heads.copy_(self.merged_B[own])
+        self.first.fill_(first)
 
     def head_weight(self, head: int) -> Tensor:
         """What one head of this process acts with now (m, n)."""
@@ -110,6 +149,10 @@ class ParallelHeads(Additive):
         self.merged_B.zero_()
         self.B_heads.zero_()
         return {"B_heads": None}
+
+
+def _filled(entry: ParallelHeads, _: object) -> None:
+    entry.filled(entry.merged_A)
 
 
 class _Shares(Operator):
