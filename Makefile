@@ -38,5 +38,10 @@ docs: $(VENV)/.ready
 	$(BIN)/python scripts/catalog_pages.py
 	$(BIN)/mkdocs build -q --strict
 
+# Half an hour on one core; stopped, it goes on from runs/ with the next call.
+results: $(VENV)/.ready
+	$(BIN)/python -m experiments.pretraining --write docs/results/pretraining.md
+	$(BIN)/python -m experiments.convolutions --write docs/results/convolutions.md
+
 clean:
 	rm -rf $(VENV) site runs

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 
+from benchmarks import memory, memory_page
 from benchmarks.adapters import ADAPTERS
 from benchmarks.clock import Ratio
+from benchmarks.markdown import machine, table
 from benchmarks.model import HIDDEN, INTERMEDIATE, LAYERS, RANK, TOKENS, VOCABULARY
 from benchmarks.training import Row
 
 Goal = tuple[str, float, float, str]  # what, measured, at most, unit
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with columns of even width."""
-    cells = [list(head), *([str(cell) for cell in line] for line in lines)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
 
 
 def _training(rows: Sequence[Row], *, timed: bool = True) -> str:
@@ -56,18 +47,17 @@ def page(
     half: Sequence[Row],
     times: Mapping[str, float],
     mixed: Mapping[str, Ratio],
+    whole: Sequence[memory.Row],
     command: str,
 ) -> str:
     """The whole page."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "safetensors"))
     targets = [
         (what, f"{value:.3g} {unit}", f"{bound:.2f} {unit}", "hit" if round(value, 2) <= bound else "missed")
         for what, value, bound, unit in goals(main, half, times, mixed)
     ]
     return f"""# Benchmarks
 
-Made by `{command}`. {platform.system()} on {os.cpu_count()} shared cores ({platform.machine()}), one thread, no GPU;
-Python {platform.python_version()}, {versions}.
+Made by `{command}`. {machine("torch", "transformers", "peft", "safetensors")}
 
 Model: the Llama shape, hidden {HIDDEN}, {LAYERS} layers, intermediate {INTERMEDIATE}, vocabulary {VOCABULARY}, random weights,
 every linear layer but the head adapted, r = {RANK}, one sequence of {TOKENS} tokens, forward and backward.
@@ -96,6 +86,7 @@ Next to it the same method in PEFT, and in LyCORIS where it has one. None of our
 
 {_training(catalog)}
 
+{memory_page.section(whole)}
 ## Many adapters
 
 CPU milliseconds. PEFT's times grow with the adapters loaded, so only a few are loaded.

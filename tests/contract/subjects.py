@@ -106,7 +106,8 @@ def subjects() -> list[Subject]:
         kept = rankwise.catalog.entry(slug)
         if kept.shelf == "procedure" and "parameterization" not in kept.make(**kept.tiny).own:
             continue
-        found.append(Subject(slug, kept.make(**kept.tiny)))
+        recipe = kept.make(**kept.tiny)
+        found.append(Subject(slug, Recipe(**{**recipe.__dict__, "procedure": None})))  # procedures have a contract of their own
         if kept.shelf == "parameterization":
             found += [Subject(text.replace("'", ""), rankwise.compose(text)) for text in kept.variants]
     return found

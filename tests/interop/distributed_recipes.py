@@ -12,6 +12,37 @@ import rankwise as rw
 from rankwise import catalog
 from rankwise.core.recipe import Recipe
 
+
+@dataclass(frozen=True)
+class Kind:
+    """One recipe under test.
+
+    Attributes:
+        name, text: of the recipe.
+        generated: from the catalog; trained in float64, where only the method can make a difference.
+        train_also: layers trained whole beside the adapter.
+        wrapped_again: whether DDP is made anew when tensors were replaced.
+    """
+
+    name: str
+    text: str
+    generated: bool = True
+    wrapped_again: bool = True
+    train_also: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        return self.name.partition(" ")[0]
+
+    def recipe(self) -> Recipe:
+        """Without dropout: processes draw masks of their own."""
+        made = rw.compose(self.text)
+        if not made.parameterization.arguments.get("dropout"):
+            return made
+        piece = made.parameterization
+        return replace(made, parameterization=replace(piece, arguments={**piece.arguments, "dropout": 0.0}))
+
+
 PARAMETERIZATIONS = {
     "lora": "lora(rank=4) + sgd(momentum=0.9)",
     "lora_adamw": "lora(rank=4)",
@@ -35,6 +66,16 @@ VARIANTS = (
     "bar(kind='obar')",
     "cola(rank=3, interval=2, ranks=(2, 1))",
     "autolora_robust(rank=2, attack_steps=2, update_every=2)",
+    "conef(compressor='powersgd', start=1)",
+    "zeroth_order(directions=2, smoothing=0.1, distribution='sphere')",
+    "zo_rank(candidates=4, line_search=2)",
+    "trp(interval=2, fraction=0.5, nuclear=0.01)",
+)
+# In the root's group, which FSDP2 keeps whole after a forward without backward.
+WITH_HEAD = Kind(
+    "zeroth_order on whole weights",
+    "full + zeroth_order(directions=2, smoothing=0.1, distribution='sphere') + sgd(momentum=0.9)",
+    train_also=("lm_head",),
 )
 NOT_WRAPPED_AGAIN = "cola not wrapped again"
 # recipe -> why two processes do not give what one process with the whole batch gives; they agree with each other all the same
@@ -58,34 +99,6 @@ REFUSED = {
 }
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One recipe under test.
-
-    Attributes:
-        name, text: of the recipe.
-        generated: from the catalog; trained in float64, where only the method can make a difference.
-        wrapped_again: whether DDP is made anew when tensors were replaced.
-    """
-
-    name: str
-    text: str
-    generated: bool = True
-    wrapped_again: bool = True
-
-    @property
-    def slug(self) -> str:
-        return self.name.partition(" ")[0]
-
-    def recipe(self) -> Recipe:
-        """Without dropout: processes draw masks of their own."""
-        made = rw.compose(self.text)
-        if not made.parameterization.arguments.get("dropout"):
-            return made
-        piece = made.parameterization
-        return replace(made, parameterization=replace(piece, arguments={**piece.arguments, "dropout": 0.0}))
-
-
 def _name(text: str) -> str:
     slug, _, arguments = text.partition("(")
     return f"{slug} {arguments[:-1]}".replace("'", "")
@@ -96,6 +109,7 @@ def _kinds() -> dict[str, Kind]:
     slugs = [slug for shelf in ("step", "perturbation", "procedure") for slug in catalog.names(shelf)]
     found += [Kind(slug, catalog.entry(slug).small) for slug in slugs]
     found += [Kind(_name(text), text) for text in VARIANTS]
+    found.append(WITH_HEAD)
     found.append(Kind(NOT_WRAPPED_AGAIN, "cola(rank=3, interval=2, ranks=(2, 1))", wrapped_again=False))
     return {kind.name: kind for kind in found}
 

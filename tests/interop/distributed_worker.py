@@ -50,7 +50,7 @@ def base_of(kind: Kind) -> nn.Module:
 
 
 def make(kind: Kind) -> rw.Handle:
-    handle = rw.adapt_(base_of(kind), kind.recipe(), seed=3)
+    handle = rw.adapt_(base_of(kind), kind.recipe(), seed=3, train_also=kind.train_also)
     stir(handle.model, size=0.05)
     return handle
 
@@ -89,7 +89,8 @@ def loss_of(handle: rw.Handle, model: nn.Module, step: int, rank: int, world: in
 
 def tensors(handle: rw.Handle) -> dict[str, Tensor]:
     """The trained tensors, and the update that is carried in the weight."""
-    found = {f"{site}.{role}": tensor for site, block in handle.blocks().items() for role, tensor in block.items()}
+    blocks = {**handle.blocks(), **handle.plain_blocks()}
+    found: dict[str, Tensor] = {f"{site}.{role}": tensor for site, block in blocks.items() for role, tensor in block.items()}
     for site in handle.targets:
         carried = handle.parameterization(site).carried()
         if carried is not None:

@@ -150,6 +150,10 @@ def test_recipes_that_trained_identically_are_named(tmp_path: Path) -> None:
         "dora(rank=2) + reflora(warmup=2) + bar",
         "lora(rank=2) + scaled_gd + sgd",
         "lora(rank=2) + sam",
+        "lora(rank=2) + lora_ggpo",
+        "lora(rank=2) + zeroth_order",
+        "dora(rank=2) + zeroth_order(directions=2, difference='derivative') + adamw",
+        "lora(rank=2) + zo_rank(candidates=4, line_search=2)",
         "lora(rank=2) + relora(interval=4)",
         "adalora(rank=3, target_rank=1, total_steps=16, warmup_steps=2, final_steps=2)",
         "lora_sb(rank=2)",
@@ -189,6 +193,12 @@ def test_every_rate_diverging_is_said(tmp_path: Path) -> None:
     )
     assert found.rows[0].note == "every learning rate diverged"
     assert found.statements[0].startswith("No recipe finished")
+
+
+@pytest.mark.parametrize("text", ["lora(rank=2) + zeroth_order", "lora(rank=2) + zo_rank"])
+def test_methods_without_backward_diverge_as_others_do(text: str, tmp_path: Path) -> None:
+    found = run_compare(TinyTask(poisoned_from=2), [text], steps=8, seeds=1, learning_rates=[1e-3], out=tmp_path, quiet=True)
+    assert found.rows[0].diverged == 1 and found.rows[0].runs[0]["reason"]
 
 
 def test_nan_in_the_first_batch_is_an_error_about_the_data(tmp_path: Path) -> None:

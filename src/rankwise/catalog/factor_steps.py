@@ -12,6 +12,7 @@ from rankwise.core.piece import piece
 from rankwise.core.recipe import Recipe
 from rankwise.steps import allora as rows
 from rankwise.steps import clipping, decay, moments
+from rankwise.steps import conef as feedback
 from rankwise.steps import lora_pro as full_gradient
 
 
@@ -101,3 +102,49 @@ def decoupled_weight_decay(*, weight_decay: float = 0.01, roles: Sequence[str] |
     names = None if roles is None else list(roles) if not isinstance(roles, str) else roles
     decaying = piece(decay.decoupled_weight_decay, weight_decay=weight_decay, roles=names, vectors=vectors)
     return stepping(piece(moments.adamw), decaying, name="decoupled_weight_decay")
+
+
+@entry(
+    "step",
+    title="ConEF",
+    formula="p = G + (1 − β)ẽ; step with Q(p); ẽ ← βẽ + (p − Q(p)), kept in a count sketch",
+    reference=Reference(
+        "Li, Zheng, Raman, Shrivastava, Giannakis",
+        "Contractive Error Feedback for Gradient Compression",
+        2023,
+        "2312.08538",
+    ),
+    cost="state ratio·mn per matrix instead of mn, hashing O(mn); what is sent is the compressor's, under DDP",
+    state="r*max(1, n//5) + m*max(1, r//5)",
+    when="When sending gradients is the bottleneck of training on several machines; alone it only shows what that costs.",
+    tiny={"start": 2, "share": 0.5},
+    variants=(
+        "conef(compressor='powersgd', start=2, rank=2)",
+        "conef(compressor='top', share=0.5, start=2, memory='exact', smoothing=0.0)",
+        "conef(share=0.5, start=2, memory='means', smoothing=0.0)",
+    ),
+)
+def conef(
+    *,
+    compressor: str = "block",
+    share: float = 0.1,
+    rank: int = 4,
+    ratio: float = 0.2,
+    smoothing: float = 0.9,
+    memory: str = "sketch",
+    start: int = 10,
+    seed: int = 0,
+) -> Recipe:
+    """SGD on compressed gradients whose error is fed back from a count sketch."""
+    compressed = piece(
+        feedback.conef,
+        compressor=compressor,
+        share=share,
+        rank=rank,
+        ratio=ratio,
+        smoothing=smoothing,
+        memory=memory,
+        start=start,
+        seed=seed,
+    )
+    return stepping(compressed, piece(moments.sgd), name="conef")

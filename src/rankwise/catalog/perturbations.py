@@ -7,6 +7,7 @@ from rankwise.core.catalog import Reference, entry
 from rankwise.core.piece import Piece, piece
 from rankwise.core.recipe import Recipe
 from rankwise.perturbations.balance import Balance
+from rankwise.perturbations.ggpo import GradientGuidedNoise
 from rankwise.perturbations.sharpness import SharpnessAware
 
 
@@ -153,3 +154,24 @@ def presam(
 def bar(*, kind: str = "nbar", strength: float = 0.5, decay_steps: int | None = None, decay: str = "linear") -> Recipe:
     """Balances the norms of B and A as SAM would, without a second pass."""
     return perturbing(piece(Balance, kind=kind, strength=strength, decay_steps=decay_steps, decay=decay), name="bar")
+
+
+@entry(
+    "perturbation",
+    title="LoRA-GGPO",
+    formula="y = (W' + E) x, E_ij ~ N(0, σ²/n (‖W'_i‖² + β ‖Ĝ_i‖²))",
+    reference=Reference(
+        "Chang, Guo, Chang, Wu",
+        "LoRA-GGPO: Mitigating Double Descent in LoRA Fine-Tuning via Gradient-Guided Perturbation Optimization",
+        2025,
+        "2502.14538",
+    ),
+    cost="x Eᵀ: the frozen layer's FLOPs once more, one pass; 2mn random numbers per layer and step, m floats of state",
+    when="For flatness with one pass, where the frozen layers are not what training waits for; bar costs far less.",
+    tiny={"sigma": 0.01},
+    variants=("lora_ggpo(sigma=0.01, beta=0.0001, variant='kohya')",),
+)
+def lora_ggpo(*, sigma: float = 0.03, beta: float = 0.01, variant: str = "paper", seed: int = 0) -> Recipe:
+    """Trains under random noise on the whole weight, larger on rows where weight and gradient are large."""
+    made = piece(GradientGuidedNoise, sigma=sigma, beta=beta, variant=variant, seed=seed)
+    return perturbing(made, name="lora_ggpo")

@@ -81,8 +81,9 @@ def _steps(recipes: list[Recipe]) -> tuple[Piece, ...]:
             unique.append(step)
     if not any(step.build().stage == MOMENTS for step in unique):
         defaults = [step for recipe in recipes if "step" not in recipe.own for step in recipe.step]
-        maker = next((step for step in defaults if step.build().stage == MOMENTS), Piece("step", "adamw"))
-        unique.append(maker)
+        makers = [step for step in defaults if step.build().stage == MOMENTS] or [Piece("step", "adamw")]
+        # AdamW is everyone's default; a recipe with another one (SGD under zeroth-order estimates) means it.
+        unique.append(next((step for step in makers if step.name != "adamw"), makers[0]))
     return tuple(unique)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -96,9 +97,22 @@ def resize(entry: Parameterization, keep: Tensor, optimizer: BlockOptimizer | No
             if optimizer is not None:
                 _replace(optimizer, tensor, smaller, dimension, kept)
         setattr(entry.get_submodule(owner_name), role, smaller)
+    if optimizer is not None:
+        _warn_of_wrappers()
     for module in entry.modules():
         if isinstance(module, Parameterization) and module.rank == keep.numel():
             module.rank = int(kept.numel())
+
+
+def _warn_of_wrappers() -> None:
+    """With several processes: tensors that are new are unknown to what averages gradients, and would drift apart."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn(
+            "trained tensors were replaced by others, which DistributedDataParallel does not know and would not average; wrap "
+            "handle.model again before the next forward",
+            stacklevel=2,
+        )
 
 
 def _replace(optimizer: BlockOptimizer, old: nn.Parameter, new: nn.Parameter, dimension: int, kept: Tensor) -> None:
@@ -150,16 +164,29 @@ def renew(
         return
     after = entry.roles()
     optimizer.exchange(site, before, after)
+    if before.keys() != after.keys() or any(after[role] is not tensor for role, tensor in before.items()):
+        _warn_of_wrappers()
     for role, transport in changed.items():
         if role not in after:
             continue
         if transport is None:
             optimizer.state.pop(after[role], None)
             continue
-        state: dict[str, Any] = optimizer.state.get(after[role], {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim():
-                state[name] = transport(value)
+        _transport(optimizer.state, after[role], transport)
+
+
+def _transport(states: dict[Any, Any], tensor: Tensor, transport: Callable[[Tensor], Tensor]) -> None:
+    """Moments follow as gradients do, and means of squares (…_sq) through their roots, so that none becomes negative.
+
+    State of another form (codes of eight bits) cannot follow: then the tensor begins again without.
+    """
+    state: dict[str, Any] = states.get(tensor, {})
+    moments = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
+    if any(value.shape != tensor.shape for value in moments.values()):
+        states.pop(tensor)
+        return
+    for name, value in moments.items():
+        state[name] = transport(value.sqrt()).square() if name.endswith("_sq") else transport(value)
 
 
 @torch.no_grad()

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from rankwise.core.errors import TrainingError
+from rankwise.core.transforms import transformed
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the fused node gives what plain autograd gives: a frozen layer, outside of compilation and torch.func."""
+    """Whether the fused node gives what plain autograd gives: a frozen layer, not compiled, no torch.func, no forward mode."""
     return not (
         weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or transformed()
         or type(x) is not Tensor
     )
 

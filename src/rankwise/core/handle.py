@@ -65,7 +65,7 @@ class Handle:
         second = [part.second_pass for part in (self.perturbation, self.procedure) if part is not None]
         masks.recording = any(second)
         if self.procedure is not None:
-            self.procedure.begin({site: target.mode_shape() for site, target in self.targets.items()})
+            self.apply_(self.procedure.begin({site: target.mode_shape() for site, target in self.targets.items()}) or {})
         if self.perturbation is not None:
             for site in self.targets:
                 self.parameterization(site).around = self.perturbation.around(site)

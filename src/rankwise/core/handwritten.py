@@ -21,6 +21,7 @@ from torch import Tensor
 from rankwise.core.fused import can_fuse
 from rankwise.core.layouts import Layout, LinearLayout
 from rankwise.core.operators import Base, compute_dtype
+from rankwise.core.transforms import transformed
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -46,7 +47,7 @@ class Handwritten(ABC):
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         """The value, by the short way where that gives what plain autograd gives."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or transformed():
             return self.plain(*tensors)
         return _Node.apply(self, *tensors)
 

@@ -37,6 +37,7 @@ def problems_of(recipe: Recipe, sites: Iterable[Site] = (), collected: Iterable[
         *_restart_problems(recipe),
         *_renewal_problems(recipe),
         *_pass_problems(recipe),
+        *([] if (part := recipe.perturbation) is None else part.factory.problems_with(recipe, **part.arguments)),  # type: ignore[attr-defined]
         *_chain_problems(recipe),
         *_start_problems(recipe),
         *_statistics_problems(recipe, collected),

@@ -63,24 +63,30 @@ class BlockOptimizer(torch.optim.Optimizer):
         return loss
 
     def exchange(self, site: str, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:
-        """Puts the new tensors of a site where the old ones were; those that are new have no state yet."""
+        """Puts the new tensors of a site in the old ones' places, in the order in which a new optimizer would have them.
+
+        State is stored by place. Tensors that are new have no state yet.
+        """
+        if old.keys() == new.keys() and all(new[role] is tensor for role, tensor in old.items()):
+            return
+        added = {role: tensor for role, tensor in new.items() if tensor.requires_grad and old.get(role) is not tensor}
         for group in self.param_groups:
-            if not any(tensor is kept for tensor in old.values() for kept in group["params"]):
+            pairs = [*zip(group["param_names"], group["params"], strict=True)]
+            mine = [index for index, (_, tensor) in enumerate(pairs) if any(tensor is other for other in old.values())]
+            if not mine:
                 continue
-            gone = [tensor for role, tensor in old.items() if new.get(role) is not tensor]
-            fresh = {role: tensor for role, tensor in new.items() if old.get(role) is not tensor and tensor.requires_grad}
-            pairs = [
-                (name, tensor)
-                for name, tensor in zip(group["param_names"], group["params"], strict=True)
-                if not any(tensor is other for other in gone)
-            ]
-            pairs += [(f"{site}.{role}", tensor) for role, tensor in fresh.items()]
-            group["param_names"], group["params"] = [name for name, _ in pairs], [tensor for _, tensor in pairs]
-            for tensor in gone:
-                self.state.pop(tensor, None)
+            there = [pairs[index][1] for index in mine]
+            kept = {role: tensor for role, tensor in new.items() if any(tensor is other for other in there)}
+            others = [pair for index, pair in enumerate(pairs) if index not in mine]
+            others[mine[0] : mine[0]] = [(f"{site}.{role}", new[role]) for role in new if role in kept or role in added]
+            group["param_names"], group["params"] = [name for name, _ in others], [tensor for _, tensor in others]
+            for tensor in there:
+                if not any(tensor is other for other in kept.values()):
+                    self.state.pop(tensor, None)
             if self.per_layer:
-                for tensor in fresh.values():
+                for tensor in added.values():
                     self._step_in_backward(group, tensor)
+            added = {}
 
     def _moving(self) -> Iterator[tuple[dict[str, Any], SiteBlock]]:
         """Every block that has a gradient, with its group."""
@@ -194,8 +200,10 @@ class BlockOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, copied and to the bit: torch would cast state to the dtype of its tensor.
 
-        Counters (0-d tensors) stay where they are; the rest goes to the device of the tensor that it belongs to.
+        Counters (0-d tensors) stay where they are; the rest goes to the device of the tensor that it belongs to. Tensors that
+        were frozen when this optimizer was made, and that it lacks, are passed over.
         """
+        state_dict = self._without_frozen(state_dict)
         super().load_state_dict(state_dict)
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -206,6 +214,21 @@ class BlockOptimizer(torch.optim.Optimizer):
             self.state[tensor] = {
                 name: value.clone() if value.dim() == 0 else value.to(tensor.device, copy=True) for name, value in kept.items()
             }
+
+    def _without_frozen(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The stored groups without the tensors that are not here and had no state."""
+        groups = []
+        for stored, here in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            names = set(here["param_names"])
+            pairs = [
+                (name, index)
+                for name, index in zip(stored.get("param_names", ()), stored["params"], strict=False)
+                if name in names or state_dict["state"].get(index)
+            ]
+            left = len(stored["params"]) > len(pairs) == len(names)
+            kept = {"param_names": [name for name, _ in pairs], "params": [index for _, index in pairs]} if left else {}
+            groups.append({**stored, **kept})
+        return {**state_dict, "param_groups": groups + state_dict["param_groups"][len(groups) :]}
 
 
 def _gradients(block: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -233,7 +233,8 @@ class Parameterization(nn.Module, ABC):
         """Does what a `Renew` decision asks for; it may replace its tensors by others.
 
         Returns:
-            Roles whose tensors mean something else now -> how moments of that tensor follow; None: its state is forgotten.
+            Roles whose tensors mean something else now -> how a gradient of that tensor, and so its moments, follow; None: its
+            state is forgotten.
         """
         raise TypeError(f"{type(self).__name__} cannot {what}; this is a bug in rankwise")
 

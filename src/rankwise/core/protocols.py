@@ -5,15 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from rankwise.core.errors import Problem
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Parameterization, Replacement
 from rankwise.core.statistics import LayerStatistics, Statistic
 from rankwise.core.step import Block
+
+if TYPE_CHECKING:
+    from rankwise.core.recipe import Recipe
 
 
 @runtime_checkable
@@ -62,6 +66,11 @@ class Perturbation(ABC):  # noqa: B024  (one either moves, estimates or wraps)
     roles: ClassVar[frozenset[str]] = frozenset()
     second_pass: bool = False
     forward_only: bool = False
+
+    @classmethod
+    def problems_with(cls, recipe: Recipe, **arguments: Any) -> list[Problem]:
+        """Reasons why it cannot work with the other pieces of a recipe, beyond roles; arguments are its own."""
+        return []
 
     def move(self, blocks: Mapping[str, Block], *, learning_rate: float) -> None:  # noqa: B027  (some only wrap or estimate)
         """Moves the tensors in place, reading their `.grad`."""
@@ -197,8 +206,9 @@ class Procedure(ABC):
     second_pass: bool = False
     separate: ClassVar[bool] = False
 
-    def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> None:  # noqa: B027  (most need no shapes)
-        """Called once, with the shape (out, in, kernel…) of every site."""
+    def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Decision] | None:
+        """Called once, with the shape (out, in, kernel…) of every site; what it decides is carried out at once."""
+        return None
 
     def before_step(self, step: int, blocks: Mapping[str, Block]) -> None:  # noqa: B027  (most add nothing)
         """After backward: may add the gradient of a regularizer to `.grad`."""

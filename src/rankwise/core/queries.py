@@ -158,7 +158,13 @@ def _row_norms(operator: Operator) -> Tensor:
     cross = (weighted @ W.t()).t()  # (m, r): W Aᵀ, with the thin matrix first, which is faster
     half = torch.addmm(cross, B, weighted @ A.t(), alpha=0.5)  # (m, r): W Aᵀ + ½ B A Aᵀ
     square = _square_row_norms(base, W) if weights is None else W.square() @ weights  # (m,)
-    return _root(torch.add(square, (half * B).sum(1), alpha=2))
+    return root(torch.add(square, (half * B).sum(1), alpha=2))
+
+
+def square_row_norms(operator: Operator) -> Tensor:
+    """(m,) squares of the norms of the rows, in at least float32; those of a frozen layer are kept on it."""
+    matrix = wide(operator.dense())
+    return _square_row_norms(operator, matrix) if isinstance(operator, Base) else matrix.square().sum(1)
 
 
 def column_norms(operator: Operator) -> Tensor:
@@ -177,7 +183,7 @@ def _column_norms(operator: Operator) -> Tensor:
     weighted = B if weights is None else B * weights[:, None]  # (m, r)
     cross = ((weighted.t() @ W) * A).sum(0)  # (n,)
     square = (((weighted.t() @ B) @ A) * A).sum(0)  # (n,)
-    return _root((W.square().sum(0) if weights is None else weights @ W.square()) + 2 * cross + square)
+    return root((W.square().sum(0) if weights is None else weights @ W.square()) + 2 * cross + square)
 
 
 def frobenius(operator: Operator) -> Tensor:
@@ -228,7 +234,7 @@ def full_precision() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _root(square: Tensor) -> Tensor:
+def root(square: Tensor) -> Tensor:
     """√square where it is positive, 0 elsewhere (rounding, rows of zeros), with gradient 0 there instead of NaN."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.errors import TrainingError
+from rankwise.core.transforms import transformed
 
 _REMEMBERED = 4096  # mask calls kept for recomputation: layers × micro-batches between a forward and its backward
 
@@ -38,6 +39,8 @@ class MaskStream:
         self.forwards = 0
         self.counting = False  # from the first mask on; without masks a compiled forward has nothing to guard on
         self.recording = False  # whether the forwards of a step are kept for a second pass
+        self.drawn = False  # whether there was any mask: a compiled forward without masks is not counted, to stay one graph
+        self._uncounted = False  # whether the present forward is such a one
         self._recorded: list[int] = []
         self._pending: list[int] | None = None  # during a second pass: forwards still to be repeated
         self._shared: tuple[weakref.ref[Tensor], int, float, str, Callable[[], Tensor], Tensor, Any] | None = None
@@ -46,13 +49,16 @@ class MaskStream:
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_recorded": [], "_pending": None, "_shared": None, "_calls": OrderedDict(), "_kept": {}}
-        return {"seed": self.seed, "forwards": self.forwards, "counting": self.counting, "recording": self.recording, **fresh}
+        kept = {name: getattr(self, name) for name in ("seed", "forwards", "counting", "recording", "drawn", "_uncounted")}
+        return kept | fresh
 
     def start_forward(self, model: Any = None, *_: object) -> None:
         """Called once per forward of the model, as its forward pre-hook; one that is repeated inside backward is none."""
         if not torch.compiler.is_compiling() and self._kept:
             self._kept.clear()
-        if self.counting or self.recording:
+        if torch.compiler.is_compiling() and self.recording and not self.drawn:
+            self._uncounted = True
+        elif self.counting or self.recording:
             cast(Any, _eagerly)(self._next_forward, model)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -61,7 +67,7 @@ class MaskStream:
         `key` changes with whatever the tensor is made of. Graphs that share it may be run backward one after the other
         (checkpointed regions, two losses), so its node must save no tensors. Compiled graphs and torch.func share nothing.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or transformed():
             return make()
         mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         kept = self._kept.get(mode)
@@ -76,7 +82,7 @@ class MaskStream:
     def _next_forward(self, model: Any) -> None:
         if inside_backward():
             return
-        self._shared, self.counting = None, True
+        self._shared, self.counting, self._uncounted = None, True, False
         repeats = torch.is_grad_enabled() and (model is None or model.training)  # others may differ from pass to pass
         if self._pending is not None:
             if not repeats:
@@ -150,8 +156,12 @@ class MaskStream:
         return _drawn(self.seed, self._call_of(x, site), shape, dtype, x.device, probability)
 
     def _count(self) -> None:
-        if not self.counting:  # the first mask of all, in a forward that was not counted
+        self.drawn = True
+        if self._uncounted or not self.counting:  # the first mask of all, in a forward that was not counted
             self.forwards, self.counting = self.forwards + 1, True
+            if self._uncounted and torch.is_grad_enabled():
+                self._recorded.append(self.forwards)
+            self._uncounted = False
 
     def _call_of(self, x: Tensor, site: str) -> tuple[int, str]:
         """(forward, who asked first), of this call or of the one that is repeated inside backward."""
@@ -234,7 +244,7 @@ class _Thinned(torch.autograd.Function):
 
 
 def _thinned(x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-    return x * draw() if torch._C._are_functorch_transforms_active() else _Thinned.apply(x, draw)
+    return x * draw() if transformed() else _Thinned.apply(x, draw)
 
 
 def _probe(x: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -34,6 +34,13 @@ def spread_like(plain: Tensor, reference: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(plain, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of whole tensors that FSDP2 kept from a forward without backward, since the sharded ones change."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def local_part(tensor: Tensor) -> Tensor:

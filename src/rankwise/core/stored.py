@@ -112,6 +112,7 @@ class StoredAdapter:
         rank = int(self.description["sites"][site]["rank"])
         if 0 <= rank < entry.rank:
             decisions.resize(entry, torch.arange(entry.rank) < rank, None)
+        entry.make_room({key: tuple(value.shape) for key, value in mine.items()})
         for part in {"carried_B", "carried_A"} & set(mine):
             setattr(entry, part, torch.zeros_like(mine[part]))
         here = entry.state_dict()

@@ -13,7 +13,7 @@ from rankwise.core.calls import Blocks, some_gradient
 from rankwise.core.errors import ArgumentError, TrainingError, did_you_mean
 from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.protocols import Perturbation, Procedure
-from rankwise.core.sharding import whole
+from rankwise.core.sharding import reshard, whole
 from rankwise.core.step import SiteBlock, Step
 from rankwise.core.wrapped import refuse_sharded
 
@@ -57,8 +57,14 @@ def backward(handle: Handle, closure: Callable[[], Tensor]) -> Tensor:
         return loss.detach()
     everything = {**handle.blocks(), **handle.plain_blocks()}
     handle.calls.before_backward_part(everything)
+
+    def evaluate() -> Tensor:
+        reshard(handle.model)
+        return closure()
+
     with evaluating(handle.model):
-        loss = part.estimate(everything, closure, learning_rate=handle.learning_rate)
+        loss = part.estimate(everything, evaluate, learning_rate=handle.learning_rate)
+    reshard(handle.model)
     check_finite(everything, handle.step_count)
     _add_regularizers(handle)
     handle.calls.after_backward_part(everything)

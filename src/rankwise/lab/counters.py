@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -171,14 +171,14 @@ def training_cost(handle: Handle, batch: Any, *, learning_rate: float = 1e-6, lo
 
     saved = SavedBytes([*model.parameters(), *model.buffers()])
 
-    def passes() -> None:
-        with saved:
-            value = loss(model, batch)
-        value.backward()
-        handle.after_backward(lambda: loss(model, batch).backward())
+    first = [saved]  # what is kept is counted once, also where the loss is asked for several times
+
+    def closure() -> Tensor:
+        with first.pop() if first else nullcontext():
+            return loss(model, batch)
 
     with _training(model):
-        flops = flops_of(passes)
+        flops = flops_of(lambda: handle.backward(closure))
         if all(tensor.grad is None for block in handle.blocks().values() for tensor in block.values()):
             raise TrainingError(
                 f"{handle.recipe.name}: no trained tensor got a gradient; the loss does not depend on the adapter"

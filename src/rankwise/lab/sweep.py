@@ -28,8 +28,10 @@ _DEFAULT = 1e-3
 
 def prior(recipe: Recipe, steps: int) -> float:
     """The rate in the middle of the grid, larger for short runs, which end before a careful rate gets anywhere."""
+    estimated = recipe.perturbation is not None and recipe.perturbation.factory.forward_only  # type: ignore[attr-defined]
+    chain = () if estimated else recipe.step  # the noise of estimates leaves no room for larger rates
     rate = (SHORT_FACTOR if steps < SHORT else 1.0) * _BY_PARAMETERIZATION.get(recipe.parameterization.name, _DEFAULT)
-    return rate * math.prod(_BY_STEP.get(step.name, 1.0) for step in recipe.step)
+    return rate * math.prod(_BY_STEP.get(step.name, 1.0) for step in chain)
 
 
 def grid(middle: float, count: int) -> list[float]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
+from rankwise.core.transforms import transformed
 
 _WIDTH = 32  # the transform multiplies by Hadamard matrices of this size, a fraction of what butterflies take
 _CACHED = 2**18  # numbers that stay in a processor's cache
@@ -72,7 +73,7 @@ def _kept_sylvester(size: int, dtype: torch.dtype, device: torch.device) -> Tens
 
 def _sylvester(size: int, like: Tensor) -> Tensor:
     """The Hadamard matrix (size, size): entry (i, j) is -1 to the number of ones that i and j share in binary."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or transformed() or torch.is_inference_mode_enabled():
         return _kept_sylvester.__wrapped__(size, like.dtype, like.device)
     return _kept_sylvester(size, like.dtype, like.device)
 
@@ -116,7 +117,7 @@ class Projection(ABC):
         So its result can serve graphs that are run backward one by one. Slices of one vector would be a node each, and each
         would make a gradient as long as the whole vector.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or transformed():
             return self.project(v).split(list(counts))
         return cast(tuple[Tensor, ...], _Cut.apply(v, self, tuple(counts)))
 
@@ -210,7 +211,7 @@ class Fastfood(Projection):
 
     def _in_pieces(self, like: Tensor) -> bool:
         """Whether the long vector is made piece by piece, where nothing is recorded and pieces fit a processor's cache."""
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        traced = torch.compiler.is_compiling() or transformed()
         recorded = traced or (torch.is_grad_enabled() and like.requires_grad)
         return self.tensors["signs"].shape[0] > _CACHED and not recorded and like.device.type == "cpu"
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from rankwise.core.transforms import transformed
 
 
 class Plan:
@@ -47,6 +48,4 @@ class Plan:
 
 def can_plan(sources: Sequence[Tensor]) -> bool:
     """Whether torch counts the changes of these tensors: plain ones, outside of compilation, torch.func and inference mode."""
-    return not torch._C._are_functorch_transforms_active() and all(
-        type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in sources
-    )
+    return not transformed() and all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in sources)

@@ -31,6 +31,7 @@ from rankwise.core.errors import ArgumentError, Problem
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.parameterization import Additive, Facts, Site
 from rankwise.core.piece import register
+from rankwise.core.transforms import transformed
 from rankwise.parameterizations.generated import all_blocks, combine
 from rankwise.parameterizations.plan import Plan, can_plan
 from rankwise.parameterizations.scaling import scale_of
@@ -128,7 +129,7 @@ class RandomBasis(Additive):
         changing = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_plan([coefficients])
         if not changing and (kept := plan.find([coefficients])) is not None:
             return kept
-        if self.share_bases or torch._C._are_functorch_transforms_active():  # which cannot look into the opaque node
+        if self.share_bases or transformed():  # which cannot look into the opaque node
             factor = torch.tensordot(coefficients, self.basis(letter), dims=1)
         else:
             factor = combine(coefficients, self.seeds[letter], size[1], size[2], _bound(size, self.vit), self.chunk)

@@ -9,7 +9,7 @@ That is checked in every iteration, and A is set to Bᵀ again, so that rounding
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import LowRank
 from rankwise.core.optimizer import BlockOptimizer
-from rankwise.core.step import Step
+from rankwise.core.step import SiteBlock, Step
 from rankwise.problems.problem import Problem
 from rankwise.problems.starts import start_of
 from rankwise.problems.trace import Recorder, Trace
@@ -30,12 +30,13 @@ def solve(
     rank: int,
     init: str | LowRank = "small",
     step: Step | Sequence[Step] | None = None,
-    lr: float = 0.3,
+    lr: float | Callable[[int], float] = 0.3,
     iterations: int = 200,
     every: int = 1,
     alpha: float = 1e-6,
     symmetric: bool | None = None,
     seed: int = 0,
+    stop: float = 0.0,
 ) -> Trace:
     """Minimizes the problem over B A of the given rank.
 
@@ -45,12 +46,13 @@ def solve(
         init: a name of `starts.STARTS`, or factors to begin from.
         step: a step, or a chain of steps (`recipe.steps()`); None means plain gradient descent. Without a step of stage
             "moments" in it, SGD makes the update.
-        lr: learning rate η.
+        lr: learning rate η, or what gives it for iteration 1, 2, ….
         iterations: how many.
         every: record each so many iterations; the last is always recorded.
         alpha: size of the small start.
         symmetric: solve with A = Bᵀ; default: as the problem says, unless `init` is "lora".
         seed: of the start.
+        stop: relative error at which to stop, looked at whenever it is recorded.
 
     Raises:
         ArgumentError: a start or a step that does not fit the symmetric form.
@@ -69,14 +71,20 @@ def solve(
         raise ArgumentError("a symmetric start has A = Bᵀ; this one has not. Pass symmetric=False to solve for a free pair")
     B, A = nn.Parameter(start.B.detach().clone()), nn.Parameter(start.A.detach().clone())  # (m, r), (r, n)
     steps = _chain(step)
-    optimizer = BlockOptimizer({"factors": {"A": A, "B": B}}, steps, lr)
+    rate_at = lr if callable(lr) else lambda iteration: lr
+    known = SiteBlock(site="factors", scale=1.0, shape=problem.shape)
+    optimizer = BlockOptimizer({"factors": {"A": A, "B": B}}, steps, rate_at(1), facts={"factors": known})
+    gains = [part.gain for part in steps if part.gain is not None]  # there is no backward here that would apply them
     recorder, spent = Recorder(problem), 0.0
     recorder.record(0, LowRank(B.detach(), A.detach()), spent)
     for iteration in range(1, iterations + 1):
         began = time.perf_counter()
         with torch.no_grad():
             G = problem.gradient(LowRank(B, A))  # (m, n)
+            for gain in gains:
+                G = gain.rows(LowRank(B, A))[:, None] * G
             B.grad, A.grad = G @ A.mT, B.mT @ G  # (m, r), (r, n)
+        optimizer.param_groups[0]["lr"] = rate_at(iteration)
         optimizer.step()
         if tied:
             _tie(A, B, steps)
@@ -84,6 +92,8 @@ def solve(
         finite = bool(torch.isfinite(B).all() and torch.isfinite(A).all())
         if iteration % every == 0 or iteration == iterations or not finite:
             recorder.record(iteration, LowRank(B.detach(), A.detach()), spent)
+            if recorder.error < stop:
+                break
         if not finite:
             break
     return recorder.trace(LowRank(B.detach().clone(), A.detach().clone()))

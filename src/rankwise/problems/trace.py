@@ -83,6 +83,11 @@ class Recorder:
         self.problem = problem
         self.rows: list[tuple[float, ...]] = []
 
+    @property
+    def error(self) -> float:
+        """The relative error last recorded."""
+        return self.rows[-1][2]
+
     @torch.no_grad()
     def record(self, iteration: int, factors: LowRank, seconds: float) -> None:
         """Measures where the solver is."""
