@@ -80,6 +80,7 @@ WITH_HEAD = Kind(
 NOT_WRAPPED_AGAIN = "cola not wrapped again"
 # recipe -> why two processes do not give what one process with the whole batch gives; they agree with each other all the same
 ONLY_BETWEEN_PROCESSES = {
+    "lora_ggpo": "every process draws noise of its own",
     "autolora_robust": "every process draws the start of its attack, and weighs its share by its own accuracy",
 }
 # mode -> recipe -> (what the message says, why)

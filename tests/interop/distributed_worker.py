@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ def train(handle: rw.Handle, wrap: Callable[[rw.Handle], nn.Module], kind: Kind,
         if kind.wrapped_again and identities(handle) != known:
             model, known = wrap(handle), identities(handle)
         model.train()
-        handle.backward(lambda model=model, step=step: loss_of(handle, model, step, rank, world))
+        handle.backward(lambda model=model, step=step: loss_of(handle, model, kind, step, rank, world))
         optimizer.step()
         handle.after_step()
         optimizer.zero_grad()
@@ -78,13 +79,16 @@ def unwrapped(handle: rw.Handle) -> nn.Module:
     return handle.model
 
 
-def loss_of(handle: rw.Handle, model: nn.Module, step: int, rank: int, world: int) -> Tensor:
+def loss_of(handle: rw.Handle, model: nn.Module, kind: Kind, step: int, rank: int, world: int) -> Tensor:
     """The mean over this process's share of the batch."""
     if makes_its_loss(handle):
         x, y = (part.chunk(world)[rank] for part in images(step))
         return handle.procedure.loss(model, x, y)  # type: ignore[union-attr]
     ids = batch(step).chunk(world)[rank]
-    return model(input_ids=ids, labels=ids).loss
+    if not kind.generated:
+        return model(input_ids=ids, labels=ids).loss
+    logits = model(input_ids=ids).logits  # (rows, length, tokens); the model's own loss is in float32
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def tensors(handle: rw.Handle) -> dict[str, Tensor]:
