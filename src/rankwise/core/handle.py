@@ -64,13 +64,13 @@ class Handle:
         self.calls = Calls(next(iter(between), None), next(iter(parts), None), recipe.name)
         second = [part.second_pass for part in (self.perturbation, self.procedure) if part is not None]
         masks.recording = any(second)
+        self.wrapping = Wrapping(self)
         if self.procedure is not None:
             self.apply_(self.procedure.begin({site: target.mode_shape() for site, target in self.targets.items()}) or {})
         if self.perturbation is not None:
             for site in self.targets:
                 self.parameterization(site).around = self.perturbation.around(site)
         self._hook = model.register_forward_pre_hook(masks.start_forward)
-        self.wrapping = Wrapping(self)
 
     # -- looking inside ------------------------------------------------------------------------------------------------
 
