@@ -92,9 +92,7 @@ REFUSED = {
         NOT_WRAPPED_AGAIN: ("Wrap the model again", "DDP averages what it was given, not the narrower factors that follow"),
     },
     "fsdp": {
-        "relora": IN_PARTS,
-        "rac_lora": IN_PARTS,
-        "cola": IN_PARTS,
+        **dict.fromkeys(("relora", "rac_lora", "cola", "sst", "dlrt", "tucker_dlrt", "cuttlefish"), IN_PARTS),
         "lte": OWN_TENSORS,
     },
 }
