@@ -25,32 +25,32 @@ from experiments.running import Method, Row, Rows, Run, absorb_, factors, model_
 from rankwise.core.handle import Handle
 from rankwise.lab.terminal import Progress
 
-REST = 2e-3  # highest rate of embeddings, norms and head in every row
+REST = 5e-3  # highest rate of embeddings, norms and head in every row
 METHODS = (
-    Method(name="AdamW", recipe="full", rate=2e-3),
-    Method(name="AdamW, another seed", recipe="full", rate=2e-3, seed=1),
+    Method(name="AdamW", recipe="full", rate=1e-3),
+    Method(name="AdamW, another seed", recipe="full", rate=1e-3, seed=1),
     Method(name="GaLore", recipe="full + galore(rank={rank}, scale=0.25, refresh={interval})", rate=1e-2),
-    Method(name="Fira", recipe="full + fira(rank={rank}, scale=0.25, refresh={interval})", rate=1e-2),
-    Method(name="Flora", recipe="full + flora_grad(rank={rank}, interval={interval})", rate=2e-3),
+    Method(name="Fira", recipe="full + fira(rank={rank}, scale=0.25, refresh={interval})", rate=5e-3),
+    Method(name="Flora", recipe="full + flora_grad(rank={rank}, interval={interval})", rate=1e-3),
     Method(name="COAP", recipe="full + coap(rank={rank}, scale=0.25, refresh=8, recompute=5)", rate=1e-2),
     Method(
         name="Online Subspace Descent",
         recipe="full + online_subspace_descent(rank={rank}, scale=0.25, interval=200)",
         rate=1e-2,
     ),
-    Method(name="APOLLO", recipe="full + apollo(rank={rank}, scale=1.0, refresh={interval})", rate=1e-2),
-    Method(name="APOLLO-Mini", recipe="full + apollo_mini(scale=128.0, refresh={interval})", rate=1e-2),
-    Method(name="ReLoRA", recipe="relora(rank={rank}, alpha=32.0, dropout=0.0, interval={interval})", rate=4e-3, jagged=True),
+    Method(name="APOLLO", recipe="full + apollo(rank={rank}, scale=1.0, refresh={interval})", rate=5e-3),
+    Method(name="APOLLO-Mini", recipe="full + apollo_mini(scale=128.0, refresh={interval})", rate=5e-3),
+    Method(name="ReLoRA", recipe="relora(rank={rank}, alpha=32.0, dropout=0.0, interval={interval})", rate=2e-3, jagged=True),
     Method(
         name="ReLoRA after a full quarter",
         recipe="relora(rank={rank}, alpha=32.0, dropout=0.0, interval={interval})",
-        rate=4e-3,
+        rate=2e-3,
         jagged=True,
         warm=0.25,
     ),
-    Method(name="SLTrain", recipe="sltrain(rank={rank}, alpha=32.0, density=0.03)", rate=3e-3),
+    Method(name="SLTrain", recipe="sltrain(rank={rank}, alpha=32.0, density=0.03)", rate=2e-3),
     Method(name="LTE", recipe="lte(rank={rank}, heads=8, alpha=1024.0, interval=10)", rate=2e-4),
-    Method(name="SST", recipe="sst(rank={rank}, interval=20, warmup=4)", rate=2e-3),
+    Method(name="SST", recipe="sst(rank={rank}, interval=20, warmup=4)", rate=1e-3),
 )
 
 

@@ -151,10 +151,6 @@ def test_bad_arguments():
     ):
         with pytest.raises(ArgumentError, match=text):
             make()
-    narrow = conef(ratio=0.1, smoothing=0.5)
-    with pytest.raises(ArgumentError, match=r"puts \d+ of the 100 columns .* raise ratio or smoothing"):
-        narrow.init({"weight": torch.zeros(2, 100)})
-    conef(ratio=0.1, smoothing=0.5, memory="means").init({"weight": torch.zeros(2, 100)})
 
 
 @pytest.fixture(scope="module")

@@ -278,8 +278,9 @@ def _site_problems(recipe: Recipe, sites: list[Site]) -> list[Problem]:
 
 
 def _projection_problems(recipe: Recipe, site: Site) -> list[Problem]:
-    smaller = min(site.m, site.n)
-    return [
+    smaller, steps = min(site.m, site.n), recipe.steps()
+    found = [step.problem_at(site.name, site.m, site.n) for step in steps if step.problem_at is not None]
+    return [problem for problem in found if problem is not None] + [
         Problem(
             piece=f"step {step.name}",
             needs=f"1 <= rank <= min(m, n) = {smaller}",
@@ -287,7 +288,7 @@ def _projection_problems(recipe: Recipe, site: Site) -> list[Problem]:
             remedy=f"use rank={smaller} or less, or leave the layer out with where=",
             sites=(site.name,),
         )
-        for step in recipe.steps()
+        for step in steps
         if step.rank is not None and not 1 <= step.rank <= smaller
     ]
 

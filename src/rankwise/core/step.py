@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rankwise.core.errors import Problem
 from rankwise.core.gain import Gain
 from rankwise.core.sharding import is_sharded, sharded_like, spread_like, whole
 
@@ -92,6 +93,7 @@ class Step(NamedTuple):
         exact: whether it reads the full gradient off those of the factors at their own values (g_A = s Bᵀ G), which gradients
             taken elsewhere (SAM) or estimated (zeroth order) do not allow.
         layers: names of layers (the last part, or the whole) that it treats in a way of their own; they must exist.
+        problem_at: (site, m, n) -> why it cannot run on the weight of that layer, or None.
         gain: by what the gradient that reaches the tensors of an additive update is multiplied during backward, row by row.
     """
 
@@ -109,6 +111,7 @@ class Step(NamedTuple):
     across: Across | None = None
     exact: bool = False
     layers: tuple[str, ...] = ()
+    problem_at: Callable[[str, int, int], Problem | None] | None = None
     gain: Gain | None = None
 
 

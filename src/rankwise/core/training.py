@@ -51,6 +51,7 @@ def backward(handle: Handle, closure: Callable[[], Tensor]) -> Tensor:
     """Forward and backward of one step as the recipe wants them; see `Handle.backward`."""
     part = handle.perturbation
     if part is None or not part.forward_only:
+        handle.masks.forget()  # forwards before this one, for looking at the model, are no part of the step
         loss = closure()
         loss.backward()
         handle.after_backward(lambda: closure().backward())

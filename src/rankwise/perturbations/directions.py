@@ -58,7 +58,8 @@ def drawn(blocks: Blocks, seed: int, distribution: str) -> Iterator[tuple[str, s
         factor = math.sqrt(sum(shape.numel() for *_, shape in named) / square)
     for site, block in blocks.items():
         for role, tensor in block.items():
-            yield site, role, sharded_like(_normal(seed, site, role, tensor.shape).mul_(factor), tensor)
+            wide = _normal(seed, site, role, tensor.shape).to(torch.promote_types(tensor.dtype, torch.float32))
+            yield site, role, sharded_like(wide.mul_(factor), tensor)
 
 
 def _normal(seed: int, site: str, role: str, shape: torch.Size) -> Tensor:

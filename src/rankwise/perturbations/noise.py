@@ -43,7 +43,7 @@ class Noisy(Operator):
         """E (m, n)."""
         generator = generator_for(*self.key, device=self.std.device)
         E = torch.randn(self.shape, generator=generator, dtype=torch.float32, device=self.std.device)  # (m, n)
-        return E.mul_(self.std[:, None]).to(dtype)
+        return E.to(torch.promote_types(dtype, torch.float32)).mul_(self.std[:, None]).to(dtype)
 
     def dense(self) -> Tensor:
         """The matrix with this E."""

@@ -16,8 +16,8 @@ It is no adapter and exports nothing, and momentum belongs behind it.
 
 *Differs*: hashes are computed from the seed as in the release, but the signs' hash is independent of the buckets'; where the
 sketch is as wide as the row, each entry has its own bucket; PowerSGD's local error is taken from the worker's own part, not
-from the mean; a sketch too narrow to be stable is refused; memory="means" (ours) never lengthens an error, so that it is safe
-at any width, best with smoothing=0.
+from the mean; memory="means" (ours) never lengthens an error, so that it is safe at any width, best with smoothing=0. The
+sketch is stable for sure while (largest bucket) · (1 − β) < 2, and may diverge beyond, which the loss shows.
 
 Li, Zheng, Raman, Shrivastava, Giannakis: Contractive Error Feedback for Gradient Compression, 2023, arXiv:2312.08538.
 """
@@ -58,7 +58,7 @@ def conef(
         seed: of blocks, hashes and PowerSGD's first Q.
 
     Raises:
-        ArgumentError: a number out of range, or (when training starts) a sketch too narrow for its smoothing.
+        ArgumentError: a number out of range.
 
     Example:
         >>> rankwise.compose("full + conef(compressor='powersgd', rank=2) + sgd(momentum=0.9)")

@@ -55,11 +55,7 @@ class ErrorFeedback:
         return CountSketch(rows, columns, max(1, int(self.ratio * columns)), self.seed, means=self.memory == "means")
 
     def init(self, tensor: Tensor, key: str) -> Kept:
-        """The state of a tensor; nothing but counters where there is nothing to compress.
-
-        Raises:
-            ArgumentError: a sketch so narrow that its feedback would grow.
-        """
+        """The state of a tensor; nothing but counters where there is nothing to compress."""
         if tensor.dim() < 2:
             return {}
         rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
@@ -72,13 +68,6 @@ class ErrorFeedback:
         if self.memory == "exact":
             return kept | {"memory": like.new_zeros(rows, columns)}
         sketch = self.sketch_for(rows, columns)
-        largest = int(sketch.sizes().max())
-        if self.memory == "sketch" and largest * (1.0 - self.smoothing) >= 2.0:
-            raise ArgumentError(
-                f"conef: ratio={self.ratio} puts {largest} of the {columns} columns of {key or 'a matrix'} into one bucket, "
-                f"which with smoothing={self.smoothing} feeds back more than it takes in ({largest} · "
-                f"{1.0 - self.smoothing:.3g} >= 2) and grows without bound; raise ratio or smoothing, or use memory='means'"
-            )
         return kept | {"memory": like.new_zeros(rows, sketch.width)}
 
     def exchange(self, gradient: Tensor, kept: Kept, key: str) -> Exchange:

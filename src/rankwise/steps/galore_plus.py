@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankwise.core.errors import ArgumentError
+from rankwise.core.errors import ArgumentError, Problem
 from rankwise.core.piece import Piece, register
 from rankwise.core.randomness import generator_for
 from rankwise.core.step import Block, State, Step, site_name_of
@@ -116,21 +116,32 @@ def galore_plus(
 
     shared, whole = with_heads(heads, "right"), with_heads(1, side)  # the heads' common basis is that of their input
 
-    def of(block: Block) -> Step:
-        site = site_name_of(block)
+    def has_heads(site: str) -> bool:
         named = not head_layers or site in head_layers or site.rsplit(".", 1)[-1] in head_layers
-        return shared if named and heads > 1 else whole
+        return named and heads > 1
+
+    def of(block: Block) -> Step:
+        return shared if has_heads(site_name_of(block)) else whole
+
+    def problem_at(site: str, m: int, n: int) -> Problem | None:
+        if not has_heads(site) or (m % heads == 0 and m // heads >= rank):
+            return None
+        return Problem(
+            piece="step galore_plus",
+            needs=f"outputs that are heads={heads} parts of at least rank={rank}",
+            has=f"the layer has {m}",
+            remedy="name the layers with heads in head_layers, or lower the rank",
+            sites=(site,),
+        )
 
     def init(block: Block) -> State:
-        for tensor in block.values():
-            if of(block) is shared and tensor.dim() == 2 and (len(tensor) % heads or len(tensor) // heads < rank):
-                raise ArgumentError(
-                    f"galore_plus: {site_name_of(block) or 'the layer'} has {len(tensor)} outputs, which are not heads={heads} "
-                    f"parts of at least rank={rank}; name the layers with heads in head_layers, or lower the rank"
-                )
+        weight = block.get("weight")
+        refused = None if weight is None or weight.dim() != 2 else problem_at(site_name_of(block), *weight.shape)
+        if refused is not None:
+            raise ArgumentError(f"galore_plus needs {refused.needs}, and {refused.has}; {refused.remedy}")
         return of(block).init(block)
 
     def update(gradients: Block, state: State, parameters: Block) -> Block:
         return of(parameters).update(gradients, state, parameters)
 
-    return whole._replace(init=init, update=update, layers=tuple(head_layers))
+    return whole._replace(init=init, update=update, layers=tuple(head_layers), problem_at=problem_at)
