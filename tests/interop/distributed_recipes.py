@@ -92,7 +92,7 @@ REFUSED = {
         NOT_WRAPPED_AGAIN: ("Wrap the model again", "DDP averages what it was given, not the narrower factors that follow"),
     },
     "fsdp": {
-        **dict.fromkeys(("relora", "rac_lora", "cola", "sst", "dlrt", "tucker_dlrt", "cuttlefish"), IN_PARTS),
+        **dict.fromkeys(("relora", "rac_lora", "cola", "sst", "dlrt", "tucker_dlrt", "cuttlefish", "maestro"), IN_PARTS),
         "lte": OWN_TENSORS,
     },
 }

@@ -46,7 +46,9 @@ def makes_its_loss(handle: rw.Handle) -> bool:
 def base_of(kind: Kind) -> nn.Module:
     """A small language model; one for images where the method makes the loss itself."""
     procedure = kind.recipe().procedure
-    model = conv_net() if procedure is not None and hasattr(procedure.factory, "loss") else llama()
+    model = (
+        conv_net() if procedure is not None and hasattr(procedure.factory, "loss") else llama(layers=1 if kind.generated else 2)
+    )
     return model.double() if kind.generated else model
 
 
