@@ -31,6 +31,7 @@ RANK_DIMENSION = {"A": 0, "B": 1, "gate": 0}  # where a role's tensor holds the 
 
 def carry_out(handle: Handle, site: str, decision: Decision, optimizer: BlockOptimizer | None) -> None:
     """Carries out one decision at one site of a handle, or on the tensors that a group of sites shares (`Bank`)."""
+    handle.wrapping.changed()
     if site.startswith(f"{BANKS}.") and isinstance(decision, Assign | Freeze):
         bank = cast(Bank, handle.model.get_submodule(site))
         assign(bank, decision.values) if isinstance(decision, Assign) else freeze(bank, decision.roles, optimizer)
@@ -86,7 +87,7 @@ def resize(entry: Parameterization, keep: Tensor, optimizer: BlockOptimizer | No
     cut = [(name, tensor) for name, tensor in found if name.rpartition(".")[2] in RANK_DIMENSION]
     for name, tensor in cut:
         if is_sharded(tensor):
-            raise TrainingError(f"{name} is sharded; save the adapter, and prune it after load_ on one device")
+            raise TrainingError(f"{name} is sharded (FSDP); save the adapter, and prune it after load_ on one device")
     for name, tensor in cut:
         owner_name, _, role = name.rpartition(".")
         dimension = RANK_DIMENSION[role]

@@ -24,6 +24,7 @@ from rankwise.core.queries import as_low_rank
 from rankwise.core.randomness import MaskStream
 from rankwise.core.recipe import Recipe
 from rankwise.core.targets import Target
+from rankwise.core.wrapped import Wrapping
 
 
 class Handle:
@@ -63,6 +64,7 @@ class Handle:
         self.calls = Calls(next(iter(between), None), next(iter(parts), None), recipe.name)
         second = [part.second_pass for part in (self.perturbation, self.procedure) if part is not None]
         masks.recording = any(second)
+        self.wrapping = Wrapping(self)
         if self.procedure is not None:
             self.apply_(self.procedure.begin({site: target.mode_shape() for site, target in self.targets.items()}) or {})
         if self.perturbation is not None:
@@ -290,6 +292,7 @@ class Handle:
                 merge.rewrite(target)
         detach_bank(self.model, self.name)
         self._hook.remove()
+        self.wrapping.close()
         for parameter in self.auxiliary.values():
             parameter.requires_grad_(False)
         thaw(self.model)

@@ -197,12 +197,14 @@ class Procedure(ABC):
         restarts: whether it begins sites again (`Restart`), which not every parameterization can.
         renews: what it asks of sites (`Renew`); only parameterizations that can are legal.
         second_pass: whether the gradients are taken again after `between`.
+        separate: whether every process trains tensors of its own, so that no wrapper may make them the same.
     """
 
     roles: ClassVar[frozenset[str]] = frozenset()
     restarts: ClassVar[bool] = False
     renews: ClassVar[frozenset[str]] = frozenset()
     second_pass: bool = False
+    separate: ClassVar[bool] = False
 
     def begin(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Decision] | None:
         """Called once, with the shape (out, in, kernel…) of every site; what it decides is carried out at once."""

@@ -27,6 +27,15 @@ def sharded_like(plain: Tensor, reference: Tensor) -> Tensor:
     return distribute_tensor(moved, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
 
 
+def spread_like(plain: Tensor, reference: Tensor) -> Tensor:
+    """A plain tensor (the same on every device) with the sharding of another, its own dtype kept."""
+    if is_sharded(plain) or not is_sharded(reference):
+        return plain
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(plain, reference.device_mesh, reference.placements)  # type: ignore[attr-defined]
+
+
 def reshard(model: nn.Module) -> None:
     """Lets go of whole tensors that FSDP2 kept from a forward without backward, since the sharded ones change."""
     for module in model.modules():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rankwise.core.errors import Problem
 from rankwise.core.gain import Gain
+from rankwise.core.sharding import is_sharded, sharded_like, spread_like, whole
 
 Block = Mapping[str, Tensor]
 State = dict[str, dict[str, Tensor]]  # role -> name -> tensor
@@ -124,6 +125,37 @@ def stateless(
 ) -> Step:
     """A step without state."""
     return Step(_nothing, update, name, stage, frozenset(roles), preconditions)
+
+
+def on_whole(step: Step) -> Step:
+    """The same step for tensors that are sharded too: those of its roles are gathered, and what comes out is sharded again.
+
+    Its state is that of whole tensors, the same on every device. For steps that decompose matrices or take their products.
+    """
+
+    def gathered(block: Block) -> Block:
+        if not any(is_sharded(tensor) for tensor in block.values()):
+            return block
+        tensors = {role: whole(tensor) if role in step.roles else tensor for role, tensor in block.items()}
+        shape, scale, rates = shape_of(block), scale_of(block), rates_of(block)
+        return SiteBlock(tensors, site=site_name_of(block), scale=scale, shape=shape, rates=rates)
+
+    def update(gradients: Block, state: State, parameters: Block) -> Block:
+        directions = step.update(gathered(gradients), state, gathered(parameters))
+        return {role: spread_like(direction, gradients[role]) for role, direction in directions.items()}
+
+    def after(state: State, parameters: Block) -> dict[str, Tensor]:
+        present = gathered(parameters)
+        factors = step.after(state, present) if step.after is not None else {}
+        for role, tensor in present.items():
+            if tensor is not parameters[role]:  # it may have been moved in place
+                parameters[role].copy_(sharded_like(tensor, parameters[role]))
+        return factors
+
+    def init(block: Block) -> State:
+        return step.init(gathered(block))
+
+    return step._replace(init=init, update=update, after=None if step.after is None else after)
 
 
 def chain(*steps: Step) -> Step:

@@ -15,6 +15,7 @@ from rankwise.core.optimizer import BlockOptimizer
 from rankwise.core.protocols import Perturbation, Procedure
 from rankwise.core.sharding import reshard, whole
 from rankwise.core.step import SiteBlock, Step
+from rankwise.core.wrapped import refuse_sharded
 
 if TYPE_CHECKING:
     from rankwise.core.handle import Handle
@@ -30,6 +31,7 @@ def optimizer_of(handle: Handle, lr: float, per_layer: bool, overrides: Mapping[
         raise TrainingError(
             f"no tensor of adapter {handle.name!r} is trained; it was loaded with trainable=False or for inference, or frozen"
         )
+    refuse_sharded(handle)
     steps, facts = steps_with(handle.recipe, overrides), {}
     if per_layer:
         refuse_per_layer(handle, steps)

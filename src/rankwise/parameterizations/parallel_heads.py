@@ -9,7 +9,9 @@ what the average of the products says, never the product of averages. With `rese
 and every B_h begins at zero again: the rank can then grow beyond H r. In evaluation the main weight acts alone.
 
 Where torch.distributed runs, each process holds H of H · world heads, cuts its own batch among them, and a merge gathers the
-factors of all: H r (m + n) numbers per process and merge instead of mn per step. Do not wrap the model (DDP) then.
+factors of all: H r (m + n) numbers per process and merge instead of mn per step. Do not wrap the model (DDP) then. A file holds
+the heads of the process that wrote it, and what all heads were at the last merge: a process that loads another's file begins
+with its own heads of that merge. On another number of processes the main weight can be used, but not trained on.
 
 Trained numbers H r (m + n), of one process. A head costs 4r(m + n) FLOPs per token, twice LoRA's, and the main update what is
 cheaper of its factors and a dense (m, n). Exactly a LoRA of rank min(H r, m, n).
@@ -23,20 +25,18 @@ arXiv:2402.16828.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankwise.core.combinators import Sum
-from rankwise.core.errors import ArgumentError, TrainingError
-from rankwise.core.layouts import Layout, LinearLayout
+from rankwise.core.errors import ArgumentError
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.parameterization import Additive, Facts, Site
 from rankwise.core.piece import register
+from rankwise.parameterizations.shares import Shares, check_merged, gathered, orthogonal, own_heads, process, processes
 
 
 @register("parameterization")
@@ -59,18 +59,21 @@ class ParallelHeads(Additive):
     )
     merged_A: Tensor
     merged_B: Tensor
+    first: Tensor
 
     def __init__(self, site: Site, *, rank: int = 32, heads: int = 32, alpha: float = 4096.0) -> None:
         super().__init__()
         if heads < 1:
             raise ArgumentError(f"lte: heads is at least 1, not {heads}")
         self.rank, self.heads, self.scale, self.frozen = rank, heads, alpha / rank, site.weight
-        first, total = (_process() * heads, _processes() * heads)
-        drawn = torch.stack([_orthogonal(site, rank, first + h) for h in range(heads)])  # (H, r, n)
+        first, total = (process() * heads, processes() * heads)
+        drawn = torch.stack([orthogonal(site, rank, first + h) for h in range(heads)])  # (H, r, n)
         self.A_heads = nn.Parameter(drawn)
         self.B_heads = nn.Parameter(torch.stack([site.zeros(site.m, rank)] * heads))  # (H, m, r)
         self.register_buffer("merged_A", torch.zeros(total, *drawn.shape[1:], dtype=drawn.dtype, device=drawn.device))
         self.register_buffer("merged_B", torch.zeros(total, site.m, rank, dtype=drawn.dtype, device=drawn.device))
+        self.register_buffer("first", torch.tensor(first))  # head of this process among all
+        self.register_load_state_dict_post_hook(_filled)
 
     @classmethod
     def roles_of(cls, **arguments: Any) -> frozenset[str]:
@@ -92,22 +95,42 @@ class ParallelHeads(Additive):
             main = Dense(main.dense())
         if not self.training:
             return Sum(base, main)
-        first = _process() * self.heads
-        own = slice(first, first + self.heads)
+        own = self._own()
         B = torch.cat([self.B_heads, -self.merged_B[own]], dim=2)  # (H, m, 2r)
         A = torch.cat([self.A_heads, self.merged_A[own]], dim=1)  # (H, 2r, n)
-        return Sum(base, main, _Shares(B, A, self.scale))
+        return Sum(base, main, Shares(B, A, self.scale))
+
+    def _own(self) -> slice:
+        """Where the heads of this process stand among all."""
+        return own_heads(self.heads, len(self.merged_A))
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name in ("merged_A", "merged_B"):
+            here = getattr(self, name)
+            if name in shapes and shapes[name] != tuple(here.shape):
+                setattr(self, name, here.new_zeros(shapes[name]))
+
+    @torch.no_grad()
+    def filled(self, weight: Tensor) -> None:
+        """Of another process's file, the heads of the last merge are taken."""
+        if len(self.merged_A) != self.heads * processes() or int(self.first) == process() * self.heads:
+            return
+        own = self._own()
+        check_merged(self.merged_A[own], int(self.first), own.start)
+        self.A_heads.copy_(self.merged_A[own])
+        self.B_heads.copy_(self.merged_B[own])
+        self.first.fill_(own.start)
 
     def head_weight(self, head: int) -> Tensor:
         """What one head of this process acts with now (m, n)."""
-        own = _process() * self.heads + head
+        own = process() * self.heads + head
         change = self.B_heads[head] @ self.A_heads[head] - self.merged_B[own] @ self.merged_A[own]
         return self.frozen() + self.total_update(Dense(self.frozen())).dense() + self.scale * change
 
     def renew(self, what: str, generator: torch.Generator, **arguments: Any) -> Mapping[str, Callable[[Tensor], Tensor] | None]:
         """Takes the factors of all heads over into the main weight; with `reset`, every B_h begins again."""
-        self.merged_A.copy_(_gathered(self.A_heads.detach()))
-        self.merged_B.copy_(_gathered(self.B_heads.detach()))
+        self.merged_A.copy_(gathered(self.A_heads.detach()))
+        self.merged_B.copy_(gathered(self.B_heads.detach()))
         if not arguments["reset"]:
             return {}
         merged = self.update()
@@ -119,64 +142,5 @@ class ParallelHeads(Additive):
         return {"B_heads": None}
 
 
-class _Shares(Operator):
-    """Head h acts on share h of the rows; B (H, m, k), A (H, k, n)."""
-
-    def __init__(self, B: Tensor, A: Tensor, scale: float) -> None:
-        self.B, self.A, self.scale = B, A, scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.B.shape[1], self.A.shape[2]
-
-    def dense(self) -> Tensor:
-        if len(self.B) > 1:
-            raise TrainingError(
-                f"each of {len(self.B)} heads acts on other rows of the batch in training, so there is no one matrix; "
-                "use binding='path', or eval()"
-            )
-        return self.scale * (self.B[0] @ self.A[0])
-
-    def apply(self, x: Tensor, layout: Layout) -> Tensor:
-        heads, rows = len(self.B), len(x)
-        if rows % heads:
-            raise TrainingError(
-                f"a batch of {rows} rows cannot be cut into equal shares for {heads} heads; use a batch size that is a "
-                "multiple of heads, or fewer heads"
-            )
-        if isinstance(layout, LinearLayout):
-            shares = x.reshape(heads, -1, x.shape[-1])  # (H, T/H, n)
-            z = torch.bmm(shares, self.A.to(x.dtype).transpose(1, 2)) * self.scale  # (H, T/H, k)
-            return torch.bmm(z, self.B.to(x.dtype).transpose(1, 2)).reshape(*x.shape[:-1], -1)
-        parts = [LowRank(B, A, self.scale) for B, A in zip(self.B, self.A, strict=True)]
-        return torch.cat([part.apply(share, layout) for part, share in zip(parts, x.chunk(heads), strict=True)])
-
-
-def _orthogonal(site: Site, rank: int, head: int) -> Tensor:
-    """Rows orthonormal, times √(n/r): (r, n)."""
-    if site.blank:
-        return site.zeros(rank, site.n)
-    drawn = site.normal(site.n, rank, purpose=f"head {head}")  # (n, r)
-    Q, R = torch.linalg.qr(drawn.double())
-    return site.cast((Q * R.diagonal().sign()).T * math.sqrt(site.n / rank)).contiguous()
-
-
-def _running() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _process() -> int:
-    return dist.get_rank() if _running() else 0
-
-
-def _processes() -> int:
-    return dist.get_world_size() if _running() else 1
-
-
-def _gathered(own: Tensor) -> Tensor:
-    """The heads of all processes, in their order."""
-    if not _running():
-        return own
-    parts = [torch.empty_like(own) for _ in range(_processes())]
-    dist.all_gather(parts, own.contiguous())
-    return torch.cat(parts)
+def _filled(entry: ParallelHeads, _: object) -> None:
+    entry.filled(entry.merged_A)

@@ -38,6 +38,7 @@ class LoRATheExplorer(Procedure):
     """
 
     renews: ClassVar[frozenset[str]] = frozenset({"merge"})
+    separate: ClassVar[bool] = True
 
     def __init__(self, *, interval: int = 10, reset: bool = False) -> None:
         if interval < 1:

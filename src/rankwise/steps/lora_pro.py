@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import register
-from rankwise.core.step import GRADIENT, MOMENTS, Block, State, Step, scale_of, stateless
+from rankwise.core.step import GRADIENT, MOMENTS, Block, State, Step, on_whole, scale_of, stateless
 from rankwise.steps.grams import at_least_single, damped_inverse
 from rankwise.steps.moments import adamw
 
@@ -65,7 +65,7 @@ def lora_pro(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, da
         d_B, d_A = directions(B, A, s * Z @ A.mT, s * B.mT @ Z, s, damping)
         return {**adam.update(others, state, parameters), "B": d_B, "A": d_A}
 
-    return Step(init, update, "lora_pro", MOMENTS, FACTORS, preconditions=True, exact=True, plain=adam)
+    return on_whole(Step(init, update, "lora_pro", MOMENTS, FACTORS, preconditions=True, exact=True, plain=adam))
 
 
 @register("step")
@@ -86,7 +86,7 @@ def lora_pro_gradient(*, damping: float = 1e-8) -> Step:
         return {**gradients, "B": d_B, "A": d_A}
 
     step = stateless(update, name="lora_pro_gradient", stage=GRADIENT, roles=FACTORS, preconditions=True)
-    return step._replace(exact=True)
+    return on_whole(step._replace(exact=True))
 
 
 def directions(B: Tensor, A: Tensor, g_B: Tensor, g_A: Tensor, scale: float, damping: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import Piece, piece
-from rankwise.core.sharding import is_sharded, sharded_like, whole
+from rankwise.core.sharding import spread_like, whole
 from rankwise.core.step import MOMENTS, Block, State, Step, site_name_of
 from rankwise.steps.bases import Basis, Kept, svd_basis
 from rankwise.steps.grams import at_least_single
@@ -140,7 +140,7 @@ def projected(
             kept = state[role]
             if projects(role, gradient):
                 direction = inside(role, at_least_single(whole(gradient)), kept, parameters)
-                direction = sharded_like(direction, gradient) if is_sharded(gradient) else direction
+                direction = spread_like(direction, gradient)
             else:
                 direction = run_inner(inner, role, gradient, kept)
             decays = weight_decay and parameters[role].dim() > 1

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import register
-from rankwise.core.step import GRADIENT, Block, State, Step
+from rankwise.core.step import GRADIENT, Block, State, Step, on_whole
 from rankwise.steps.grams import at_least_single, geometric_mean
 
 
@@ -84,7 +84,7 @@ def reflora(*, warmup: int = 100, interval: int = 1, variant: str = "matrix") ->
         return _balancing(parameters) if acts(float(state["B"]["step"]) - 1) else {}
 
     step = Step(init, precondition, "reflora", GRADIENT, frozenset({"A", "B"}), preconditions=True)
-    return step if variant == "matrix" else step._replace(update=start_balanced, after=after)
+    return on_whole(step) if variant == "matrix" else step._replace(update=start_balanced, after=after)
 
 
 def _balancing(parameters: Block) -> dict[str, Tensor]:

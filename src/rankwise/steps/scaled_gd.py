@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import register
-from rankwise.core.step import GRADIENT, Block, State, Step, stateless
+from rankwise.core.step import GRADIENT, Block, State, Step, on_whole, stateless
 from rankwise.steps.grams import at_least_single, damped_inverse
 
 
@@ -65,4 +65,4 @@ def scaled_gd(*, damping: float = 1e-6, normalized: bool = False, sequential: bo
         return changed
 
     step = stateless(update, name="scaled_gd", stage=GRADIENT, roles=("A", "B"), preconditions=True)
-    return step._replace(order=("A", "B") if sequential else ())
+    return on_whole(step._replace(order=("A", "B") if sequential else ()))

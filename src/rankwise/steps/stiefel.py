@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rankwise.core.errors import ArgumentError
 from rankwise.core.piece import register
-from rankwise.core.step import MOMENTS, Block, State, Step
+from rankwise.core.step import MOMENTS, Block, State, Step, on_whole
 from rankwise.steps.moments import adamw
 
 ROTATIONS = frozenset({"Q_1", "Q_2", "Q_3"})
@@ -93,7 +93,8 @@ def stiefel_adam(*, betas: tuple[float, float] = (0.9, 0.99), epsilon: float = 1
                 moved.copy_(_retracted(moved, state[role].get("before"), retraction))
         return {}
 
-    return Step(init, update, "stiefel_adam", MOMENTS, roles=ROTATIONS, plain=rest, after=after, rescaled=rest.rescaled)
+    step = Step(init, update, "stiefel_adam", MOMENTS, roles=ROTATIONS, plain=rest, after=after, rescaled=rest.rescaled)
+    return on_whole(step)
 
 
 def _retracted(moved: Tensor, before: Tensor | None, retraction: str) -> Tensor:
