@@ -118,5 +118,5 @@ def test_schedules_and_their_decisions(mesh) -> None:
 
 
 def test_cutting_sharded_factors_is_refused(mesh) -> None:
-    with pytest.raises(TrainingError, match="is sharded .FSDP.; save the adapter"):
+    with pytest.raises(TrainingError, match=r"is sharded .FSDP.; save the adapter"):
         decisions.resize(Gated(blocks(mesh)["x"]), torch.tensor([True, False, True]), None)

@@ -76,16 +76,16 @@ def pass_problems(recipe: Recipe) -> list[Problem]:
     )
     clashes = [own] if len(own) > 1 else [[own[0], name] for name in exact] if own else []
     blind = recipe.perturbation is not None and getattr(recipe.perturbation.factory, "forward_only", False)
-    unseen = [
-        Problem(
-            piece=f"perturbation {own[0]}",
-            needs="a parameterization whose evaluation shows what its trained tensors do, since it evaluates only",
-            has=f"{recipe.parameterization.name} acts otherwise in training",
-            remedy="use another parameterization, or train with gradients",
+    found = []
+    if blind and not recipe.method.facts_of(**recipe.parameterization.arguments).same_in_evaluation:
+        found.append(
+            Problem(
+                piece=f"perturbation {own[0]}",
+                needs="a parameterization whose evaluation shows what its trained tensors do, since it evaluates only",
+                has=f"{recipe.parameterization.name} acts otherwise in training",
+                remedy="use another parameterization, or train with gradients",
+            )
         )
-    ]
-    acts = recipe.method.facts_of(**recipe.parameterization.arguments).same_in_evaluation
-    found = unseen if blind and not acts else []
     return found + [
         Problem(
             piece=" and ".join(pair),
