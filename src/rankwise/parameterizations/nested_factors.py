@@ -32,7 +32,13 @@ class NestedFactors(Parameterization):
         site: the layer.
     """
 
-    facts = Facts(additive=False, exact_lora_export=False)
+    facts = Facts(
+        additive=False,
+        exact_lora_export=False,
+        expected_failures={
+            "half_precision_value": "the singular vectors of a rounded weight are turned against those of the exact one"
+        },
+    )
     cut: Tensor
 
     def __init__(self, site: Site) -> None:
