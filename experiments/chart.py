@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankwise.lab.plots import FONT, GRID, INK, SOFT, Palette, dodged
+from rankwise.lab.plots import FONT, GRID, INK, SOFT, Palette, dodged, log_ticks
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 520, 64, 24, 56
 LINE = 17  # pixels between two names
@@ -63,8 +63,12 @@ def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, top:
             f'<line x1="{LEFT}" x2="{WIDTH - right}" y1="{place_y(value):.1f}" y2="{place_y(value):.1f}" stroke="{GRID}"/>'
         )
         parts.append(_text(LEFT - 8, place_y(value) + 4, f"{value:g}", "end"))
-    for value in [10.0**at for at in ticks(low_x, high_x)] if log_x else ticks(low_x, high_x):
-        parts.append(_text(place_x(value), HEIGHT - BOTTOM + 20, f"{value:,.0f}", "middle"))
+    marks = log_ticks(low_x, high_x) if log_x else {}
+    places = marks.get("tickvals") or ticks(low_x, high_x)
+    names = marks.get("ticktext") or [f"{value:,.0f}" for value in places]
+    for value, name in zip(places, names, strict=True):
+        if LEFT <= place_x(value) <= WIDTH - right:
+            parts.append(_text(place_x(value), HEIGHT - BOTTOM + 20, name, "middle"))
     parts.append(_text((LEFT + WIDTH - right) / 2, HEIGHT - 12, x, "middle"))
     parts.append(_text(16, TOP - 8, y, "start"))
     heights = dodged([place_y(min(one.y[-1], high_y)) for one in series], LINE)

@@ -48,8 +48,9 @@ of the table, in the same order; {self.corpus.vocabulary} byte-level tokens, {se
 
 Every linear layer but the head is adapted; embeddings, norms and head are trained whole, at the highest rate {self.rest:g} in
 every row. Rates rise over a tenth of the steps and fall as a cosine to a tenth; ReLoRA's begins again at each restart. Rates
-and scales are the papers' where they fit so short a run; none was searched for. One seed each: the two rows of AdamW show what
-another seed changes, and smaller differences say nothing. So short a run tells how fast a method learns, not where it ends.
+are the best of one to three tried by hand in runs of a third of the length; scales are the papers'. One seed each: the two
+rows of AdamW show what another seed changes, and smaller differences say nothing. So short a run tells how fast a method
+learns, not where it ends.
 
 *state* is what the optimizer keeps for the linear layers, in bytes, counted, at its largest; for the rest AdamW keeps
 {bytes_text(reference["rest_bytes"])} more. *model* is everything that the model holds: the frozen weights underneath stay, so
