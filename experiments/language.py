@@ -37,7 +37,7 @@ class Size:
     rows: int = 8
     tokens: int = 64
     held: int = 128
-    steps: int = 240
+    steps: int = 220
 
     @property
     def rank(self) -> int:
