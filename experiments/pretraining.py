@@ -31,7 +31,7 @@ METHODS = (
     Method(name="AdamW, another seed", recipe="full", rate=1e-3, seed=1),
     Method(name="GaLore", recipe="full + galore(rank={rank}, scale=0.25, refresh={interval})", rate=1e-2),
     Method(name="Fira", recipe="full + fira(rank={rank}, scale=0.25, refresh={interval})", rate=5e-3),
-    Method(name="Flora", recipe="full + flora_grad(rank={rank}, interval={interval})", rate=5e-4),
+    Method(name="Flora", recipe="full + flora_grad(rank={rank}, interval={interval})", rate=1e-3),
     Method(name="COAP", recipe="full + coap(rank={rank}, scale=0.25, refresh=8, recompute=5)", rate=1e-2),
     Method(
         name="Online Subspace Descent",
