@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise.core.bindings import adapted_layers
+from rankwise.core.checkpoint import trained_tensors
 from rankwise.core.errors import MergeError
-from rankwise.core.handle import trained_tensors
 from rankwise.core.queries import as_low_rank, column_norms, frobenius, rank_bound, row_norms, svd
 from tests.contract.subjects import LayerKind, Subject, inputs_of, model_of, scatter, statistics_of
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from rankwise.core import decisions, merge
 from rankwise.core.adapt import build_
+from rankwise.core.bank import BANKS
 from rankwise.core.errors import CheckpointError, shorten
 from rankwise.core.fingerprint import check_fingerprint
-from rankwise.core.handle import Handle, trained_tensors
+from rankwise.core.handle import Handle
 from rankwise.core.recipe import Recipe
 from rankwise.core.sharding import is_sharded, whole
 
@@ -266,3 +267,15 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], sites: Mapping[str, Any
             entry.absorbed = True
             merge.rewrite(handle.targets[site])
         entry.filled(handle.targets[site].matrix())
+
+
+def trained_tensors(handle: Handle) -> dict[str, Tensor]:
+    """Key -> tensor of everything that defines the adapter: trained, frozen and carried parts, shared ones once."""
+    tensors: dict[str, Tensor] = {}
+    for site in handle.targets:
+        for key, tensor in handle.parameterization(site).state_dict().items():
+            tensors[f"{site}.{key}"] = tensor
+    if handle.bank is not None:
+        tensors |= {f"{BANKS}.{key}": tensor for key, tensor in handle.bank.state_dict().items()}
+    named = dict(handle.model.named_parameters(remove_duplicate=False))
+    return tensors | {name: named[name] for name in handle.auxiliary}

@@ -311,15 +311,3 @@ class Handle:
         for name, part in (("schedule", self.schedule), ("procedure", self.procedure), ("perturbation", self.perturbation)):
             if part is not None:
                 part.load_state_dict(state[name])
-
-
-def trained_tensors(handle: Handle) -> dict[str, Tensor]:
-    """Key -> tensor of everything that defines the adapter: trained, frozen and carried parts, shared ones once."""
-    tensors: dict[str, Tensor] = {}
-    for site in handle.targets:
-        for key, tensor in handle.parameterization(site).state_dict().items():
-            tensors[f"{site}.{key}"] = tensor
-    if handle.bank is not None:
-        tensors |= {f"{BANKS}.{key}": tensor for key, tensor in handle.bank.state_dict().items()}
-    named = dict(handle.model.named_parameters(remove_duplicate=False))
-    return tensors | {name: named[name] for name in handle.auxiliary}

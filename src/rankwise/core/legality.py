@@ -79,8 +79,9 @@ def _restart_problems(recipe: Recipe) -> list[Problem]:
     method = recipe.method
     if recipe.procedure is None or not recipe.procedure.factory.restarts:  # type: ignore[attr-defined]
         return []
+    narrows = recipe.procedure.build().narrows
     if method.restarts(**recipe.parameterization.arguments):
-        return []
+        return _narrowing_problems(recipe) if narrows else []
     return [
         Problem(
             piece=f"procedure {recipe.procedure.name}",
@@ -89,6 +90,19 @@ def _restart_problems(recipe: Recipe) -> list[Problem]:
             remedy="use an additive parameterization of low rank (lora, rslora, lora_fa), or drop it",
         )
     ]
+
+
+def _narrowing_problems(recipe: Recipe) -> list[Problem]:
+    """What a procedure that begins sites again with a smaller rank cannot go with."""
+    assert recipe.procedure is not None
+    found, piece = [], f"procedure {recipe.procedure.name} with ranks"
+    if not recipe.method.narrows(**recipe.parameterization.arguments):
+        needs, has = "factors that can begin again at a smaller rank", f"{recipe.parameterization.name} cannot"
+        found.append(Problem(piece=piece, needs=needs, has=has, remedy="use lora, rslora or gated_lora, or leave out ranks"))
+    if recipe.schedule is not None:
+        needs, has = "to be alone in changing factors", f"schedule {recipe.schedule.name} changes them too"
+        found.append(Problem(piece=piece, needs=needs, has=has, remedy="leave out ranks, or drop the schedule"))
+    return found
 
 
 def _role_problems(recipe: Recipe) -> list[Problem]:

@@ -7,7 +7,7 @@ shared checks. It never mentions a layer class, a dtype policy, a device or an o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,11 +18,10 @@ from rankwise.core.bank import Bank
 from rankwise.core.combinators import Sum
 from rankwise.core.errors import Problem
 from rankwise.core.gain import Gain, with_gain
-from rankwise.core.layouts import Layout
 from rankwise.core.operators import Dense, LowRank, Operator
 from rankwise.core.queries import as_low_rank
-from rankwise.core.randomness import generator_for
-from rankwise.core.statistics import LayerStatistics, Statistic
+from rankwise.core.sites import Site
+from rankwise.core.statistics import Statistic
 
 PRODUCT = "product"  # a start that gives B A ≠ 0, placed so that the update equals it
 INPUT = "input"  # a start that gives the input factor A alone, with B = 0
@@ -30,66 +29,6 @@ OUTPUT = "output"  # a start that gives the output factor B alone, with A = 0, a
 FROZEN_OUTPUT = "frozen output"  # the same, where B then has to stay as it starts
 PAIR = "pair"  # a start that gives two factors which both have to train; their product alone would not do
 ALL_LAYOUTS = frozenset({"linear", "conv", "embedding"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One layer about to be adapted: what a method may know of it.
-
-    Attributes:
-        name: dotted name of the layer in the model.
-        m, n: outputs and inputs of its matrix.
-        layout: what the matrix means in the layer.
-        weight: gives the frozen matrix (m, n), detached, in at least float32.
-        seed: of the adapter.
-        dtype, device: for new trained tensors.
-        thin: thins an input by dropout: x, probability -> x̃ (see `MaskStream`).
-        mask: draws a mask of the layer's own: input, shape, probability, dtype -> mask (see `MaskStream`).
-        once: a tensor that the layers of one forward share: key, how to make it -> tensor (see `MaskStream.once`).
-        bank: tensors shared between the adapter's sites, where the method declared some.
-        shape: of the weight tensor in matrix orientation with its modes kept, (out, in, kernel…).
-        statistics: what `collect` gathered at this layer, for methods whose `needs_of` asks for some.
-        blank: the tensors will be filled from a file, so that nothing needs to be read off the weight or data now; buffers
-            must get the right shapes and dtypes and may hold zeros.
-    """
-
-    name: str
-    m: int
-    n: int
-    layout: Layout
-    weight: Callable[[], Tensor]
-    seed: int = 0
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    thin: Callable[[Tensor, float], Tensor] | None = None
-    mask: Callable[[Tensor, Sequence[int], float, torch.dtype], Tensor] | None = None
-    once: Callable[[Hashable, Callable[[], Any]], Any] | None = None
-    bank: Bank | None = None
-    shape: tuple[int, ...] = ()
-    statistics: LayerStatistics | None = None
-    blank: bool = False
-
-    def generator(self, purpose: str = "start") -> torch.Generator:
-        """A private CPU generator for this site and purpose."""
-        return generator_for(self.seed, self.name, purpose)
-
-    def normal(self, *shape: int, std: float = 1.0, purpose: str = "start") -> Tensor:
-        """Gaussian numbers N(0, std²) of the given shape, from the site's private generator."""
-        values = torch.randn(*shape, generator=self.generator(purpose), dtype=torch.float64) * std
-        return values.to(self.dtype).to(self.device)
-
-    def uniform(self, *shape: int, bound: float, purpose: str = "start") -> Tensor:
-        """Uniform numbers in [-bound, bound] of the given shape, from the site's private generator."""
-        values = (torch.rand(*shape, generator=self.generator(purpose), dtype=torch.float64) * 2 - 1) * bound
-        return values.to(self.dtype).to(self.device)
-
-    def zeros(self, *shape: int) -> Tensor:
-        """Zeros in the dtype of trained tensors."""
-        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
-
-    def cast(self, tensor: Tensor) -> Tensor:
-        """A detached copy in the dtype and on the device of trained tensors."""
-        return tensor.detach().to(device=self.device, dtype=self.dtype, copy=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +108,11 @@ class Parameterization(nn.Module, ABC):
     def restarts(cls, **arguments: Any) -> bool:
         """Whether a site can be absorbed into the weight and begin again: additive with exact factors, and has a `restart`."""
         return cls.restart is not Parameterization.restart and cls.facts.additive and cls.facts.exact_lora_export
+
+    @classmethod
+    def narrows(cls, **arguments: Any) -> bool:
+        """Whether `restart` begins at whatever rank is left: every tensor of it is a role A, B or gate."""
+        return False
 
     @classmethod
     def renewals(cls) -> frozenset[str]:

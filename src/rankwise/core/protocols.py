@@ -195,6 +195,7 @@ class Procedure(ABC):
     Attributes:
         roles: trained tensors it needs.
         restarts: whether it begins sites again (`Restart`), which not every parameterization can.
+        narrows: whether it begins them again with a smaller rank.
         renews: what it asks of sites (`Renew`); only parameterizations that can are legal.
         second_pass: whether the gradients are taken again after `between`.
         separate: whether every process trains tensors of its own, so that no wrapper may make them the same.
@@ -202,6 +203,7 @@ class Procedure(ABC):
 
     roles: ClassVar[frozenset[str]] = frozenset()
     restarts: ClassVar[bool] = False
+    narrows: bool = False
     renews: ClassVar[frozenset[str]] = frozenset()
     second_pass: bool = False
     separate: ClassVar[bool] = False

@@ -28,8 +28,9 @@ from transformers import TrainerCallback as _Callback
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.core import checkpoint, decisions, merge
+from rankwise.core.checkpoint import trained_tensors
 from rankwise.core.errors import CheckpointError, TrainingError, shorten
-from rankwise.core.handle import Handle, trained_tensors
+from rankwise.core.handle import Handle
 from rankwise.core.sharding import is_sharded, whole
 from rankwise.interop.replay import Recorder
 

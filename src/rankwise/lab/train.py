@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.adapt import adapt_, problems
+from rankwise.core.checkpoint import trained_tensors
 from rankwise.core.compose import compose
 from rankwise.core.errors import ArgumentError, RecipeError
-from rankwise.core.handle import Handle, trained_tensors
+from rankwise.core.handle import Handle
 from rankwise.core.statistics import Statistic
 from rankwise.lab import runs, sweep
 from rankwise.lab.models import quiet_transformers

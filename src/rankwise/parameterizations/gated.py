@@ -78,6 +78,10 @@ class GatedLoRA(Additive):
     def gate_starts_open(cls, **arguments: Any) -> bool:
         return arguments.get("form", "svd") == "sora"
 
+    @classmethod
+    def narrows(cls, **arguments: Any) -> bool:
+        return True
+
     def update(self) -> Operator:
         update = LowRank(self.B, self.gate[:, None] * self.A, self.scale)
         return Dropped(update, self.dropout, self.thin) if self.training and self.dropout and self.thin else update

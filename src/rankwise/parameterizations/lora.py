@@ -131,6 +131,10 @@ class LoRA(Additive):
             return frozenset({PRODUCT, FROZEN_OUTPUT})
         return frozenset({PRODUCT, INPUT} if arguments.get("freeze_input") else {PRODUCT, INPUT, OUTPUT, PAIR})
 
+    @classmethod
+    def narrows(cls, **arguments: Any) -> bool:
+        return True
+
     def update(self) -> Operator:
         B = self.B
         if self.correct is not None and torch.is_grad_enabled():

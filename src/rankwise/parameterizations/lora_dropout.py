@@ -86,6 +86,10 @@ class LoRADropout(Additive):
     def start_kinds(cls, **arguments: Any) -> frozenset[str]:
         return frozenset({PRODUCT, INPUT})
 
+    @classmethod
+    def narrows(cls, **arguments: Any) -> bool:
+        return True
+
     def _draw(self, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         assert self.mask is not None
         mask = self.mask(x, shape, self.probability, dtype)

@@ -43,9 +43,8 @@ class ChainOfLoRA(Procedure):
     def __init__(self, *, interval: int = 200, ranks: Sequence[int] | None = None) -> None:
         if interval < 1:
             raise ArgumentError(f"interval is at least 1 step, not {interval}")
-        if ranks is not None:
-            self.roles = frozenset({"A", "B"})  # type: ignore[misc]  (what can begin again narrower)
         self.interval, self.ranks = interval, None if ranks is None else tuple(ranks)
+        self.narrows = ranks is not None
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 1 or list(self.ranks) != sorted(self.ranks)[::-1]):
             raise ArgumentError(f"ranks are those of the stages after the first, at least 1 and never growing, not {ranks!r}")
 
