@@ -37,7 +37,7 @@ class Size:
     rows: int = 8
     tokens: int = 64
     held: int = 128
-    steps: int = 220
+    steps: int = 200
 
     @property
     def rank(self) -> int:

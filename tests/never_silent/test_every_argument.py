@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import rankwise
+from rankwise.core.checkpoint import trained_tensors
 from rankwise.core.errors import ArgumentError, RecipeError, StatisticsError
-from rankwise.core.handle import trained_tensors
 from rankwise.core.piece import SHELVES
 from rankwise.core.recipe import Recipe
 from rankwise.core.statistics import Statistic

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import rankwise
+from rankwise.core.checkpoint import trained_tensors
 from rankwise.core.errors import CheckpointError, FingerprintError
-from rankwise.core.handle import trained_tensors
 from rankwise.core.statistics import Statistic
 from tests.never_silent.models import adapted, inputs, mlp
 

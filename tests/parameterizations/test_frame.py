@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import rankwise
+from rankwise.core.checkpoint import trained_tensors
 from rankwise.core.errors import ArgumentError, RecipeError
-from rankwise.core.handle import trained_tensors
 from rankwise.lab.counters import flops_of
 from rankwise.parameterizations.frame import Composed
 from rankwise.parameterizations.turned_input import split_in_three

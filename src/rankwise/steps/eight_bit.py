@@ -82,7 +82,8 @@ def write(kept: dict[str, Tensor], name: str, value: Tensor) -> None:
         return
     blocks = _blocks(value.to(torch.float32))
     scale = blocks.abs().amax(dim=1).clip_(1e-12)  # (blocks,)
-    codes = torch.bucketize(blocks / scale[:, None], _edges(not name.endswith("_sq"), value.device), right=True)
+    edges = _edges(not name.endswith("_sq"), value.device)
+    codes = torch.bucketize(blocks / scale[:, None], edges, right=True, out_int32=True)
     kept[f"{name}_codes"].copy_(codes.reshape(-1)[: value.numel()].reshape(value.shape))
     kept[f"{name}_scale"].copy_(scale)
 
