@@ -80,7 +80,11 @@ def test_resumes_to_the_bit(text: str, tmp_path) -> None:
     assert_same(straight.tensors(), second.tensors())
 
 
-@pytest.mark.parametrize("text", TEXTS)
+# What these carry, and ranks cut while it trains, are made room for by `load_` (above) and by the Trainer's callback.
+CARRYING = ("relora(", "rac_lora(", "cola(", "lte(rank=2, heads=2, alpha=4.0, interval=2, reset=True)")
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith(CARRYING)])
 def test_a_second_handle_takes_the_state_up(text: str) -> None:
     """As a training loop resumes: the same adapter made again, its tensors and states filled."""
     straight, first, second = Training(text), Training(text), Training(text)
@@ -89,10 +93,7 @@ def test_a_second_handle_takes_the_state_up(text: str) -> None:
     for site in second.handle.targets:
         kept = first.handle.parameterization(site)
         second.handle.make_room(site, {key: tuple(tensor.shape) for key, tensor in kept.state_dict().items()})
-        entry = second.handle.parameterization(site)
-        if kept.rank < entry.rank or kept.carried() is not None:
-            pytest.skip("ranks and carried parts are made room for by load_ and the Trainer's callback, tested there")
-        entry.load_state_dict(kept.state_dict())
+        second.handle.parameterization(site).load_state_dict(kept.state_dict())
     second.handle.load_state_dict(copy.deepcopy(first.handle.state_dict()))
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     second.run(STEPS - 4)

@@ -43,7 +43,7 @@ class Gated(Additive):
         return frozenset({"A", "B", "gate"})
 
     def update(self):
-        raise NotImplementedError
+        raise AssertionError("steps and decisions do not ask for the update")
 
 
 def blocks(mesh=None) -> dict[str, dict[str, nn.Parameter]]:

@@ -19,6 +19,9 @@ from tests.contract.subjects import LAYERS, LINEAR, Subject, fits, inputs_of, mo
 SUBJECT = Subject("autolora_robust", rankwise.catalog.autolora_robust(rank=2))
 KINDS = [kind for kind in LAYERS if fits(SUBJECT, kind)]
 CHECKS = [check for check in ON_EVERY_LAYER if check is not check_every_tensor_trains]
+# One has a loop of its own, one reads a file, which has no thread, and one is about the update as deployed.
+OF_ONE_THREAD = ("check_base_untouched", "check_save_load", "check_queries_agree_with_dense")
+OF_BOTH = [check for check in CHECKS if check.__name__ not in OF_ONE_THREAD]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=name_of)
@@ -35,11 +38,9 @@ def test_contract_on_one_layer(check) -> None:
     check(SUBJECT, LINEAR)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=name_of)
+@pytest.mark.parametrize("check", OF_BOTH, ids=name_of)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in ("Linear", "Conv2d grouped", "Conv1d")])
 def test_contract_on_the_natural_thread(kind, check, monkeypatch) -> None:
-    if check.__name__ in ("check_base_untouched", "check_save_load", "check_queries_agree_with_dense"):
-        pytest.skip("one with a loop of its own; one whose file has no thread; one of the update as deployed")
     begin = TwoThreads.__init__
 
     def natural(self, *arguments, **keywords) -> None:
