@@ -33,6 +33,7 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.memory_page
 
 docs: $(VENV)/.ready
 	$(BIN)/python scripts/catalog_pages.py

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapters, memory, model, page, peers, training
+from benchmarks import adapters, model, page, peers, training
 
 
 def main() -> None:
@@ -28,14 +28,12 @@ def main() -> None:
     half = [both[0], both[1], model.theirs_in_base_dtype(), *both[2:]]
     half_rows = training.half_precision(half)
     times, mixed = adapters.measured()
-    whole = memory.rows(rounds=max(3, options.rounds // 3))
     command = "python -m benchmarks" + (f" --write {options.write}" if options.write else "")
-    text = page.page(main_rows, catalog_rows, half_rows, times, mixed, whole, command)
+    text = page.page(main_rows, catalog_rows, half_rows, times, mixed, command)
     results = {
         "training": [asdict(row) for row in main_rows],
         "catalog": [asdict(row) for row in catalog_rows],
         "bfloat16": [asdict(row) for row in half_rows],
-        "whole_weights": [asdict(row) for row in whole],
         "adapters_ms": times,
         "mixed_batch": {name: asdict(ratio) for name, ratio in mixed.items()},
     }

@@ -1,13 +1,15 @@
-"""The section on full-rank training as text. `python -m benchmarks.memory_page` makes it alone."""
+"""`python -m benchmarks.memory_page [--write PAGE] [--rounds N]`: optimizer memory, peaks and times of full-rank training."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 import rankwise
-from benchmarks.markdown import table
+from benchmarks.markdown import machine, table
 from benchmarks.memory import TOKENS, Row, rows
 
 LLAMA_1B = {"layers": 24, "hidden": 2048, "intermediate": 5461, "vocabulary": 32_000, "rank": 512}  # GaLore's, at its rank
@@ -15,10 +17,12 @@ LLAMA_1B = {"layers": 24, "hidden": 2048, "intermediate": 5461, "vocabulary": 32
 PUBLISHED = {"galore": ("up to −65.5 %", ""), "fira": ("−61.1 % (1B)", ""), "coap": ("−61 % (1B)", "−81 % (1B)")}
 
 
-def section(found: Sequence[Row]) -> str:
-    """The section, its heading included."""
+def page(found: Sequence[Row], command: str) -> str:
+    """The page."""
     base = found[0]
-    return f"""## Full-rank training of the packaged language model
+    return f"""# Memory and time of full-rank training
+
+Made by `{command}`. {machine("torch", "transformers")}
 
 SmolLM2-135M, every weight trained, one sequence of {TOKENS} tokens, float32. Linear layers are projected at a quarter of the
 width; the embedding (a fifth of all numbers) and norms get what the recipe has for plain tensors, AdamW as a rule. Every method
@@ -109,6 +113,19 @@ def _percent(share: float) -> str:
     return f"−{100 * share:.1f} %" if share > 0 else f"+{-100 * share:.1f} %" if share < 0 else "0"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory_page", description=__doc__)
+    parser.add_argument("--write", metavar="PAGE", type=Path, help="also write the page as Markdown")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each method (default 4)")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    print(section(rows(rounds=4)))
+    command = "python -m benchmarks.memory_page" + (f" --write {options.write}" if options.write else "")
+    text = page(rows(rounds=options.rounds), command)
+    if options.write:
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        options.write.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

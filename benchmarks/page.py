@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks import memory, memory_page
 from benchmarks.adapters import ADAPTERS
 from benchmarks.clock import Ratio
 from benchmarks.markdown import machine, table
@@ -47,7 +46,6 @@ def page(
     half: Sequence[Row],
     times: Mapping[str, float],
     mixed: Mapping[str, Ratio],
-    whole: Sequence[memory.Row],
     command: str,
 ) -> str:
     """The whole page."""
@@ -86,7 +84,6 @@ Next to it the same method in PEFT, and in LyCORIS where it has one. None of our
 
 {_training(catalog)}
 
-{memory_page.section(whole)}
 ## Many adapters
 
 CPU milliseconds. PEFT's times grow with the adapters loaded, so only a few are loaded.

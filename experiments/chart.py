@@ -11,6 +11,7 @@ from rankwise.lab.plots import FONT, GRID, INK, SOFT, Palette, dodged, log_ticks
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 520, 64, 24, 56
 LINE = 17  # pixels between two names
+SAMPLE = 30  # of a line, beside its name
 DASHES = ("", "7 4", "2 4", "9 3 2 3")  # when the colors come again
 
 
@@ -34,7 +35,7 @@ def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, top:
         top: upper end of the vertical axis, default the largest value; lines above it leave the frame.
         title: for readers that do not see the picture.
     """
-    right = 24 + 7 * max((len(one.name) for one in series), default=0)
+    right = 24 + SAMPLE + 7 * max((len(one.name) for one in series), default=0)
     across = [value for one in series for value in one.x]
     up = [value for one in series for value in one.y if top is None or value <= top]
     low_x, high_x = min(across), max(across)
@@ -72,6 +73,10 @@ def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, top:
     parts.append(_text((LEFT + WIDTH - right) / 2, HEIGHT - 12, x, "middle"))
     parts.append(_text(16, TOP - 8, y, "start"))
     heights = dodged([place_y(min(one.y[-1], high_y)) for one in series], LINE)
+    lowest = HEIGHT - BOTTOM - LINE / 2
+    for index in sorted(range(len(heights)), key=lambda index: -heights[index]):  # names stay above the axis
+        heights[index] = min(heights[index], lowest)
+        lowest = heights[index] - LINE
     for index, (one, height) in enumerate(zip(series, heights, strict=True)):
         color, end = palette.color(one.name), place_x(one.x[-1])
         if len(one.x) == 1:
@@ -79,11 +84,10 @@ def chart(series: Sequence[Series], *, x: str, y: str, log_x: bool = False, top:
         else:
             points = " ".join(f"{place_x(at):.1f},{place_y(value):.1f}" for at, value in zip(one.x, one.y, strict=True))
             dash = DASHES[index // 8 % len(DASHES)]
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2" clip-path="url(#frame)"'
-                + (f' stroke-dasharray="{dash}"/>' if dash else "/>")
-            )
-        parts.append(_text(end + 12, height + 4, one.name, "start", color))
+            stroke = f'stroke="{color}" stroke-width="2"' + (f' stroke-dasharray="{dash}"' if dash else "")
+            parts.append(f'<polyline points="{points}" fill="none" {stroke} clip-path="url(#frame)"/>')
+            parts.append(f'<path d="M{end + 8:.1f} {height:.1f}h{SAMPLE - 4}" {stroke}/>')
+        parts.append(_text(end + (12 if len(one.x) == 1 else SAMPLE + 12), height + 4, one.name, "start", color))
     parts.append(
         f'<line x1="{LEFT}" x2="{WIDTH - right}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}" stroke="{INK}"/></svg>\n'
     )

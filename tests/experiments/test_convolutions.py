@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -97,3 +98,12 @@ def test_a_chart_places_points_and_names() -> None:
     assert (dot["cx"], dot["cy"]) == tuple(line[1].split(","))
     assert "a < b" in [node.text for node in picture.iter(f"{space}text")]
     assert ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+
+
+def test_names_of_many_lines_stay_apart_and_inside_the_frame() -> None:
+    series = [Series(f"line {k}", [1.0, 2.0], [5.0, 0.001 * k]) for k in range(14)]
+    drawn = ElementTree.fromstring(chart(series, x="step", y="loss"))
+    texts = [text for text in drawn.iter("{http://www.w3.org/2000/svg}text") if (text.text or "").startswith("line")]
+    heights = sorted(float(text.attrib["y"]) for text in texts)
+    assert len(heights) == 14 and heights[0] > 24 and heights[-1] <= 520 - 56
+    assert min(after - before for before, after in itertools.pairwise(heights)) >= 16.9
