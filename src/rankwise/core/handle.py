@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from rankwise.core import merge, training
 from rankwise.core.bank import BANKS, Bank, bank_of, detach_bank
-from rankwise.core.bindings import Adapters, activate_, adapted_layers, detach
+from rankwise.core.bindings import Adapters, activate_, adapted_layers
 from rankwise.core.calls import Calls
 from rankwise.core.coverage import coverage_of, summary_of
-from rankwise.core.errors import MergeError, TargetError, TrainingError, did_you_mean
+from rankwise.core.errors import TargetError, TrainingError, did_you_mean
 from rankwise.core.freezing import frozen_roles, thaw
 from rankwise.core.operators import LowRank, Operator
 from rankwise.core.optimizer import BlockOptimizer
@@ -249,16 +249,7 @@ class Handle:
         Raises:
             MergeError: merged already, a weight is tied, or a number is not finite. Nothing is changed then.
         """
-        merge.refuse_merge(self.model, self.targets, self.name)
-        done: list[Target] = []
-        try:
-            for target in self.targets.values():
-                merge.merge_site(target, self.name)
-                done.append(target)
-        except MergeError:
-            for target in done:
-                merge.unmerge_site(target, self.name)
-            raise
+        merge.merge_sites(self.model, self.targets, self.name)
 
     def unmerge_(self) -> None:
         """Takes the update out of the weights again, to the bit.
@@ -281,15 +272,7 @@ class Handle:
     def detach_(self) -> None:
         """Takes the adapter off; the last one leaves the model as it was before, weights to the bit."""
         for target in self.targets.values():
-            adapters: Adapters = target.module._modules["adapter"]  # type: ignore[assignment]
-            if self.name in adapters.merged:
-                merge.unmerge_site(target, self.name)
-            adapters.active = tuple(pair for pair in adapters.active if pair[0] != self.name)
-            if len(adapters) == 1:
-                merge.restore_site(target)
-            detach(target, self.name)
-            if len(adapters) and adapters.stash is not None:  # others are merged or absorbed: write their parts alone
-                merge.rewrite(target)
+            merge.take_off(target, self.name)
         detach_bank(self.model, self.name)
         self._hook.remove()
         self.wrapping.close()

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rankwise.core.bindings import Adapters
+from rankwise.core.bindings import Adapters, detach
 from rankwise.core.errors import MergeError, shorten
 from rankwise.core.operators import LowRank
 from rankwise.core.parameterization import Replacement
@@ -193,3 +193,34 @@ def refusal_to_write(target: Target) -> str:
 
 def _adapters(target: Target) -> Adapters:
     return cast(Adapters, target.module._modules["adapter"])
+
+
+def merge_sites(model: nn.Module, targets: dict[str, Target], name: str) -> None:
+    """Merges the adapter at all its sites, or at none.
+
+    Raises:
+        MergeError: merged already, a weight is tied, or a number is not finite.
+    """
+    refuse_merge(model, targets, name)
+    done: list[Target] = []
+    try:
+        for target in targets.values():
+            merge_site(target, name)
+            done.append(target)
+    except MergeError:
+        for target in done:
+            unmerge_site(target, name)
+        raise
+
+
+def take_off(target: Target, name: str) -> None:
+    """Removes the adapter from one layer; without others, the layer is what it was before, to the bit."""
+    adapters = _adapters(target)
+    if name in adapters.merged:
+        unmerge_site(target, name)
+    adapters.active = tuple(pair for pair in adapters.active if pair[0] != name)
+    if len(adapters) == 1:
+        restore_site(target)
+    detach(target, name)
+    if len(adapters) and adapters.stash is not None:  # others are merged or absorbed: write their parts alone
+        rewrite(target)
